@@ -1,0 +1,42 @@
+# `make demo` and `make test` each install what they need, once, into .venv and then run.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SEEDS  ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format docs clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(STAMP)  ## Install everything into .venv (a Detectron2 that is there already is kept)
+
+$(STAMP): setup.py constraints.txt tools/install_detectron2.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "setuptools<81" wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python tools/install_detectron2.py
+	@touch $@
+
+demo: $(STAMP)  ## Train teacher, plain and distilled student on digit scenes; write output/demo (SEEDS=3 for three)
+	$(BIN)/python tools/demo.py --output output/demo --seeds $(SEEDS)
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest tests
+
+lint: $(STAMP)  ## Check style and the docs that are generated
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/config_reference.py --check docs/config.md
+
+format: $(STAMP)  ## Reformat the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Regenerate the pages that are made from code
+	$(BIN)/python tools/config_reference.py docs/config.md
+
+clean:  ## Remove the environment and what was written
+	rm -rf $(VENV) output build *.egg-info projects/GlobalKD/*.egg-info

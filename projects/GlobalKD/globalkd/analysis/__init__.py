@@ -1,0 +1,1 @@
+"""Looking at trained runs: loading them, their reliability weights, figures."""

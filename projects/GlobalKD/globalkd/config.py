@@ -1,0 +1,315 @@
+"""Every configuration key of this project, once, with its default and what it means.
+
+Here and nowhere else: the defaults. `docs/config.md` is generated from the comments of this file.
+A comment above a key describes it; the paper's symbol stands where there is one.
+"""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_globalkd_config(cfg: CN) -> None:
+    """Add the distillation keys to a Detectron2 config, in place.
+
+    Call it once on the result of `detectron2.config.get_cfg()`, before merging a file. A second
+    call leaves the config as it is.
+
+    Args:
+        cfg: a Detectron2 config.
+    """
+    if "GLOBALKD" in cfg.MODEL:
+        return
+    _add_dataset_keys(cfg)
+    _add_core_keys(cfg)
+    _add_teacher_keys(cfg.MODEL.GLOBALKD)
+    _add_prototype_keys(cfg.MODEL.GLOBALKD)
+    _add_globalkd_loss_keys(cfg.MODEL.GLOBALKD)
+    _add_drkd_keys(cfg.MODEL.GLOBALKD)
+    _add_comparison_keys(cfg.MODEL.GLOBALKD)
+
+
+def _add_dataset_keys(cfg: CN) -> None:
+    # Your own data in COCO format: a list of [name, annotation JSON, image folder]. The names can
+    # then stand in DATASETS.TRAIN and DATASETS.TEST.
+    cfg.DATASETS.COCO = []
+    # Your own data in VOC format: a list of [name, folder, split, [class names]]. The folder holds
+    # Annotations/, ImageSets/Main/ and JPEGImages/.
+    cfg.DATASETS.VOC = []
+
+
+def _add_core_keys(cfg: CN) -> None:
+    cfg.MODEL.GLOBALKD = CN()
+    node = cfg.MODEL.GLOBALKD
+
+    # False trains the student alone: the stock detector, to the bit.
+    node.ENABLED = True
+    # The distillation losses to apply, by their names in DISTILL_LOSS_REGISTRY. Each one has a
+    # node of its own below, with its weight. A weight of 0 is the same as not naming the loss.
+    node.LOSSES = ["GlobalKnowledge", "FeatureKnowledge", "ResponseKnowledge"]
+    # Student feature maps to distil, for example ["p3", "p4"]. Empty: every level whose stride the
+    # teacher has too.
+    node.IN_FEATURES = []
+    # What counts as an instance in training: "positives" (the student's sampled positive
+    # proposals; RetinaNet: its positive anchors) or "ground_truth" (the annotated boxes).
+    node.INSTANCES = "positives"
+    # Sampling points per side of RoIAlign, averaged to one vector an instance and level.
+    node.POOLER_RESOLUTION = 7
+    # True: before training, copy the teacher's weights into every student parameter outside the
+    # backbone's bottom-up part (FPN, RPN, heads) where name and shape agree.
+    node.INHERIT_TEACHER_HEADS = False
+    # Iterations over which the distillation weights rise linearly from 0. 0: no warm-up.
+    node.WARMUP_ITERS = 0
+    # Iteration after which distillation stops. 0: never.
+    node.STOP_ITER = 0
+    # Decay of the distillation weights towards 0 over SOLVER.MAX_ITER: "none" (the paper's text),
+    # "linear" (the authors' released code; better here as well, see docs/method.md) or "cosine".
+    node.DECAY = "linear"
+
+
+def _add_teacher_keys(node: CN) -> None:
+    node.TEACHER = CN()
+    # The teacher's Detectron2 config: a file, or a model-zoo name such as
+    # "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
+    node.TEACHER.CONFIG_FILE = ""
+    # The teacher's weights. Empty: what its config names; for a zoo name, the zoo's checkpoint.
+    node.TEACHER.WEIGHTS = ""
+    # Overrides for the teacher's config, as on a command line: ["KEY", "VALUE", ...].
+    node.TEACHER.OPTS = []
+    # True allows a teacher whose weights are incomplete, or none at all where WEIGHTS is empty. For
+    # trying things out only.
+    node.TEACHER.ALLOW_RANDOM_WEIGHTS = False
+    # True allows class names of teacher and dataset that differ (their number must always agree
+    # where the response loss is used).
+    node.TEACHER.ALLOW_OTHER_CLASSES = False
+    # Evaluate the teacher on the first N images of DATASETS.TEST[0] before step 1. 0: do not.
+    node.TEACHER.EVAL_IMAGES = 0
+
+
+def _add_prototype_keys(node: CN) -> None:
+    node.PROTOTYPES = CN()
+    # How prototypes are chosen: "pursuit" (the paper's PGM), "kmeans", "dbscan", "ambiguous" or
+    # "random" (Table 6 and Fig. 1).
+    node.PROTOTYPES.GENERATOR = "pursuit"
+    # Prototypes per class and level (paper: K).
+    node.PROTOTYPES.NUM = 10
+    # Weight of the agreement between the two spaces in the selection (paper: lambda in Eq. 2).
+    node.PROTOTYPES.LAMBDA = 10.0
+    # Epochs between two refreshes (paper: T). Fractions are allowed. 0: only before the first step.
+    node.PROTOTYPES.REFRESH_EPOCHS = 1.0
+    # At most this many images per class are used; each image is forwarded once for all its classes.
+    # 0: no cap.
+    node.PROTOTYPES.MAX_IMAGES_PER_CLASS = 800
+    # Boxes with a side shorter than this, in pixels of the original image, are no candidates.
+    node.PROTOTYPES.MIN_BOX_SIZE = 30.0
+    # L2-normalise features where prototypes are selected and compared. Raw features are stored.
+    node.PROTOTYPES.NORMALIZE = True
+    # Only instances above this percentile of a kernel density in both spaces are candidates (the
+    # released code: 40). Takes time quadratic in a class's instances. 0: off.
+    node.PROTOTYPES.DENSITY_PERCENTILE = 0.0
+    # The space in which "kmeans" and "dbscan" cluster: "teacher" or "student".
+    node.PROTOTYPES.SPACE = "teacher"
+    # Neighbourhood radius of "dbscan", in units of the median nearest-neighbour distance. Where it
+    # finds fewer than NUM clusters, the rest are drawn at random.
+    node.PROTOTYPES.DBSCAN_EPS = 2.0
+    # Seed of the choice of images and of the generators that draw random numbers.
+    node.PROTOTYPES.SEED = 1
+    # A file written by tools/generate_prototypes.py to start from. Empty: generate.
+    node.PROTOTYPES.FILE = ""
+
+    node.PROJECTION = CN()
+    # Coefficients of an instance on the prototypes: "pursuit" (Eq. 5 on residuals, both spaces
+    # coupled) or "cosine" (cosine with each prototype; what the released code computes).
+    node.PROJECTION.TYPE = "cosine"
+    # lambda of Eq. 5 in the projection; a key of its own, see docs/method.md.
+    node.PROJECTION.LAMBDA = 10.0
+
+    node.RELIABILITY = CN()
+    # The weight omega of Eq. 8: "coefficients" (how far the pursuit's coefficients lie apart),
+    # "max_cosine" (the released code: the largest cosines) or "none" (1 everywhere).
+    node.RELIABILITY.TYPE = "coefficients"
+
+
+def _add_globalkd_loss_keys(node: CN) -> None:
+    node.GLOBAL = CN()
+    # Weight of the global knowledge, Eq. 6.
+    node.GLOBAL.WEIGHT = 5.0
+    # "class": coefficients on the prototypes of the instance's own class; "all": of every class.
+    node.GLOBAL.SCOPE = "class"
+    # Penalty on the coefficients' difference: "l2" (half the square) or "smooth_l1".
+    node.GLOBAL.PENALTY = "l2"
+    # Weight each instance by its reliability, Eq. 8.
+    node.GLOBAL.USE_RELIABILITY = True
+
+    node.FEATURE = CN()
+    # Weight of the feature knowledge inside boxes, Eq. 7.
+    node.FEATURE.WEIGHT = 1.0
+    # Weight of the same distance outside boxes. 0: the paper's text; the released code: 4.
+    node.FEATURE.BACKGROUND_WEIGHT = 0.0
+    # A ReLU after the adapter, the 3x3 convolution from student to teacher width. The paper's text
+    # has it, the released two-stage code does not: what comes out of an FPN is signed.
+    node.FEATURE.ADAPTER_RELU = False
+    # Weight each instance's cells by its reliability, Eq. 8.
+    node.FEATURE.USE_RELIABILITY = True
+
+    node.RESPONSE = CN()
+    # Weight of the response knowledge: KL divergence between class predictions.
+    node.RESPONSE.WEIGHT = 1.0
+    # Temperature of the KL divergence.
+    node.RESPONSE.TEMPERATURE = 2.0
+    # RetinaNet only: "sigmoid" (binary KL of each class) or "softmax" (as in the released code).
+    node.RESPONSE.ONE_STAGE = "sigmoid"
+    # Weight each positive by its reliability, Eq. 8.
+    node.RESPONSE.USE_RELIABILITY = True
+
+
+def _add_drkd_keys(node: CN) -> None:
+    node.PIXEL_RELATION = CN()
+    # Weight of DRKD's pixel-wise relation (loss "PixelRelation"); see docs/drkd.md for its scale.
+    node.PIXEL_RELATION.WEIGHT = 4.0
+    # Nodes of the reasoning unit on each level, finest first; the last holds for all further ones.
+    node.PIXEL_RELATION.NUM_NODES = [64, 64, 256]
+    # Channels of a node's state, likewise.
+    node.PIXEL_RELATION.STATE_CHANNELS = [128, 128, 512]
+
+    node.INSTANCE_RELATION = CN()
+    # Weight of DRKD's instance-wise relation (loss "InstanceRelation"); 1.0 suits "features".
+    node.INSTANCE_RELATION.WEIGHT = 0.5
+    # What is matched: "matrix" (the relations psi, as in the paper) or "features" (RoI features
+    # aggregated by them, as in the released code; of another scale).
+    node.INSTANCE_RELATION.MATCH = "matrix"
+    # On how many levels, from the finest on.
+    node.INSTANCE_RELATION.NUM_LEVELS = 2
+    # Bins per side of RoIAlign.
+    node.INSTANCE_RELATION.RESOLUTION = 3
+    # Channels of the embeddings g1, g2 and g.
+    node.INSTANCE_RELATION.EMBEDDING_CHANNELS = 256
+    # Hidden channels of the relation filter m. 0: no filter.
+    node.INSTANCE_RELATION.FILTER_CHANNELS = 32
+    # Weight each annotated box by its reliability, Eq. 8.
+    node.INSTANCE_RELATION.USE_RELIABILITY = False
+
+    node.INSTANCE_FEATURE = CN()
+    # Weight of DRKD's instance features (loss "InstanceFeature", L_INS).
+    node.INSTANCE_FEATURE.WEIGHT = 0.5
+    # On how many levels, from the finest on.
+    node.INSTANCE_FEATURE.NUM_LEVELS = 2
+    # Bins per side of RoIAlign.
+    node.INSTANCE_FEATURE.RESOLUTION = 3
+    # Weight each annotated box by its reliability, Eq. 8.
+    node.INSTANCE_FEATURE.USE_RELIABILITY = False
+
+
+def _add_comparison_keys(node: CN) -> None:
+    node.HINTON = CN()
+    # Weight of plain distillation (loss "HintonKD"): KL divergence between class predictions.
+    node.HINTON.WEIGHT = 1.0
+    # Temperature of the KL divergence.
+    node.HINTON.TEMPERATURE = 2.0
+    # "positives", or "all": the background's proposals or anchors, too.
+    node.HINTON.ROWS = "positives"
+    # Weight each positive by its reliability: "+ prototypes" in Table 4.
+    node.HINTON.USE_RELIABILITY = False
+
+    node.RKD = CN()
+    # Weight of the distances between instances (loss "RKD").
+    node.RKD.DISTANCE_WEIGHT = 25.0
+    # Weight of the angles between instances.
+    node.RKD.ANGLE_WEIGHT = 50.0
+    # Relations to "instances", or to "prototypes" in their place: "+ prototypes" in Table 4.
+    node.RKD.RELATIONS = "instances"
+    # Weight of the relations to prototypes.
+    node.RKD.PROTOTYPE_WEIGHT = 5.0
+    # At most so many instances of a batch are related, evenly spaced; angles cost their cube.
+    node.RKD.MAX_INSTANCES = 128
+
+    node.DEFEAT = CN()
+    # Weight of the maps inside annotated boxes (loss "DeFeat").
+    node.DEFEAT.OBJECT_WEIGHT = 3.0
+    # Weight of the maps outside.
+    node.DEFEAT.BACKGROUND_WEIGHT = 12.0
+    # Weight of the class predictions on the foreground.
+    node.DEFEAT.POSITIVE_WEIGHT = 0.0
+    # Weight of the class predictions on the background.
+    node.DEFEAT.NEGATIVE_WEIGHT = 0.0
+    # Temperature of both.
+    node.DEFEAT.TEMPERATURE = 1.0
+    # Weight each box's cells by its reliability: "+ prototypes" in Table 4.
+    node.DEFEAT.USE_RELIABILITY = False
+
+    node.FITNET = CN()
+    # Weight of the whole maps (loss "FitNet").
+    node.FITNET.WEIGHT = 1.0
+
+    node.FGFI = CN()
+    # Weight of the maps near objects (loss "FGFI").
+    node.FGFI.WEIGHT = 2.56
+    # Share of a box's best IoU above which an anchor makes its cell take part (paper: psi).
+    node.FGFI.THRESHOLD = 0.5
+    # Weight each box's cells by its reliability.
+    node.FGFI.USE_RELIABILITY = False
+
+    node.FBKD = CN()
+    # Weight of the spatial attention (loss "FBKD", part of L_AT).
+    node.FBKD.SPATIAL_WEIGHT = 2.8
+    # Weight of the channel attention (part of L_AT).
+    node.FBKD.CHANNEL_WEIGHT = 0.45
+    # Weight of the features under attention masks (L_AM).
+    node.FBKD.FEATURE_WEIGHT = 0.8
+    # Weight of the non-local relations (L_NLD).
+    node.FBKD.RELATION_WEIGHT = 0.8
+    # Temperature of the attention masks.
+    node.FBKD.TEMPERATURE = 0.5
+
+    node.GID = CN()
+    # Weight of the general instances' features (loss "GID").
+    node.GID.FEATURE_WEIGHT = 12.8
+    # Weight of the relations between them.
+    node.GID.RELATION_WEIGHT = 40.0
+    # Weight of the class predictions of the anchors that they cover.
+    node.GID.CLASS_WEIGHT = 0.1
+    # Weight of the box predictions of those anchors.
+    node.GID.BOX_WEIGHT = 0.1
+    # General instances of an image (paper: K).
+    node.GID.NUM_INSTANCES = 10
+    # IoU at which they suppress each other.
+    node.GID.NMS_THRESHOLD = 0.3
+    # IoU from which on an anchor belongs to one.
+    node.GID.ANCHOR_THRESHOLD = 0.5
+    # Bins per side of RoIAlign.
+    node.GID.POOLER_RESOLUTION = 10
+
+    node.FEATURE_RICHNESS = CN()
+    # Weight of the maps, each cell by the teacher's largest score there (loss "FeatureRichness").
+    node.FEATURE_RICHNESS.FEATURE_WEIGHT = 5.12
+    # Weight of the dense head's scores (RetinaNet's, or the RPN's), likewise.
+    node.FEATURE_RICHNESS.SCORE_WEIGHT = 0.5
+
+    node.RANK_MIMICKING = CN()
+    # Weight of the rank of an object's anchors (loss "RankMimicking"; RetinaNet only).
+    node.RANK_MIMICKING.WEIGHT = 4.0
+    # Weight each anchor by its reliability.
+    node.RANK_MIMICKING.USE_RELIABILITY = False
+
+    node.PFI = CN()
+    # Weight of the maps, each cell by the difference of predictions there (loss
+    # "PredictionGuidedImitation"; RetinaNet only).
+    node.PFI.WEIGHT = 1.5
+
+    node.ICD = CN()
+    # Weight of the instance-conditional imitation (loss "ICD"; its authors: 8 for RetinaNet).
+    node.ICD.WEIGHT = 3.0
+    # Weight of each of the decoder's two tasks.
+    node.ICD.AUXILIARY_WEIGHT = 1.0
+    # Channels of the decoder.
+    node.ICD.HIDDEN_DIM = 256
+    # Attention heads of the decoder.
+    node.ICD.NUM_HEADS = 8
+    # The imitation reaches the student from this iteration on; the decoder learns from the first.
+    node.ICD.START_ITER = 1000
+    # Invented objects for each annotated one.
+    node.ICD.NEGATIVE_RATIO = 5.0
+    # Invented objects fill an image up to this number at most.
+    node.ICD.MAX_QUERIES = 100
+    # Largest shift of a described centre, in units of the box's size.
+    node.ICD.BLUR = 0.3
+    # Weight each object's attention by its reliability.
+    node.ICD.USE_RELIABILITY = False

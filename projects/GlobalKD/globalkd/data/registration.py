@@ -1,0 +1,205 @@
+"""Registers the datasets that a config lists under DATASETS.COCO and DATASETS.VOC.
+
+Here: checks of the entries, the two Detectron2 catalogs, and the removal of boxes that cannot be
+learnt. Not here: the file formats (`voc.py`, Detectron2's COCO loader) and the metrics
+(`evaluation.py`). Files of annotations are read when a dataset is first asked for.
+"""
+
+import json
+import logging
+import mmap
+import os
+import re
+from functools import partial
+from typing import Dict, List, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+
+from .voc import load_voc_folder, split_file
+
+logger = logging.getLogger(__name__)
+
+#: Fields of an annotation, beyond COCO's, that are kept: how ambiguous it is, and why.
+AMBIGUITY_KEYS = ["ambiguity", "ambiguity_kind"]
+
+COCO_ENTRY = "[name, annotation JSON, image folder]"
+VOC_ENTRY = "[name, folder, split, [class names]]"
+IMAGES_NAMED_IN_WARNING = 5
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register every dataset of DATASETS.COCO and DATASETS.VOC.
+
+    A second call with the same entries changes nothing. Class names stand in the MetadataCatalog
+    afterwards; images and boxes are read when the dataset is first used.
+
+    Args:
+        cfg: a config with the keys of `add_globalkd_config`.
+
+    Raises:
+        FileNotFoundError: a file or folder of an entry does not exist.
+        ValueError: an entry has another form, its classes cannot be read, or its name stands for
+            other data already.
+    """
+    for entry in cfg.DATASETS.COCO:
+        _register_coco(entry)
+    for entry in cfg.DATASETS.VOC:
+        _register_voc(entry)
+
+
+def _register_coco(entry: Sequence[str]) -> None:
+    key = "DATASETS.COCO"
+    if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+        raise ValueError(f"{key}: {entry!r} should be {COCO_ENTRY}")
+    name, json_file, image_root = entry
+    _require_exists(key, entry, json_file)
+    _require_exists(key, entry, image_root)
+    source = [os.path.abspath(json_file), os.path.abspath(image_root)]
+    if _is_registered(key, name, source):
+        return
+    try:
+        categories = sorted(read_categories(json_file), key=lambda category: category["id"])
+    except ValueError as error:
+        raise ValueError(f"{key}: entry {entry!r}: {json_file}: {error}") from error
+    MetadataCatalog.get(name).set(
+        evaluator_type="coco",
+        globalkd_source=source,
+        json_file=json_file,
+        image_root=image_root,
+        thing_classes=[category["name"] for category in categories],
+        thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
+    )
+    DatasetCatalog.register(name, partial(_load_coco, name, json_file, image_root))
+
+
+def _load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
+    try:
+        records = load_coco_json(json_file, image_root, name, extra_annotation_keys=AMBIGUITY_KEYS)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"DATASETS.COCO: {json_file} is not complete JSON: {error}") from error
+    return drop_empty_boxes(records, name)
+
+
+def _register_voc(entry: Sequence) -> None:
+    key = "DATASETS.VOC"
+    if len(entry) != 4 or not all(isinstance(part, str) for part in entry[:3]):
+        raise ValueError(f"{key}: {entry!r} should be {VOC_ENTRY}")
+    name, folder, split, classes = entry
+    if isinstance(classes, str) or not classes or not all(isinstance(c, str) for c in classes):
+        raise ValueError(f"{key}: entry {entry!r}: the class names should be a list of strings")
+    if len(set(classes)) != len(classes):
+        raise ValueError(f"{key}: entry {entry!r} names a class twice")
+    _require_exists(key, entry, split_file(folder, split))
+    _require_exists(key, entry, os.path.join(folder, "Annotations"))
+    _require_exists(key, entry, os.path.join(folder, "JPEGImages"))
+    source = [os.path.abspath(folder), split, list(classes)]
+    if _is_registered(key, name, source):
+        return
+    # dirname, split and year are what Detectron2's own VOC evaluator reads.
+    MetadataCatalog.get(name).set(
+        evaluator_type="pascal_voc",
+        globalkd_source=source,
+        dirname=folder,
+        split=split,
+        year=2012,
+        thing_classes=list(classes),
+    )
+    DatasetCatalog.register(name, partial(_load_voc, name, folder, split, list(classes)))
+
+
+def _load_voc(name: str, folder: str, split: str, class_names: Sequence[str]) -> List[Dict]:
+    return drop_empty_boxes(load_voc_folder(folder, split, class_names), name)
+
+
+def _require_exists(key: str, entry: Sequence, path: str) -> None:
+    if not PathManager.exists(path):
+        raise FileNotFoundError(f"{key}: entry {entry!r}: there is no {path}")
+
+
+def _is_registered(key: str, name: str, source: List) -> bool:
+    """True where `name` stands for exactly this source already; an error where for another."""
+    if name not in DatasetCatalog:
+        return False
+    known = MetadataCatalog.get(name).get("globalkd_source")
+    if known != source:
+        owner = f"stands for {known}" if known else "is registered outside this config"
+        raise ValueError(f"{key}: the name '{name}' already {owner}; {source} needs another name")
+    return True
+
+
+def read_categories(json_file: str) -> List[Dict]:
+    """The "categories" of a COCO JSON, without parsing the rest of a large file.
+
+    Args:
+        json_file: path of an annotation file.
+
+    Returns:
+        The list of category dicts, never empty.
+
+    Raises:
+        ValueError: the file is not JSON or lists no categories.
+    """
+    with open(PathManager.get_local_path(json_file), "rb") as file:
+        content = file.read(1) and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        starts = [match.end() for match in re.finditer(rb'"categories"\s*:\s*', content)]
+        # A key inside a string would have escaped quotes; a second match is a nested key.
+        categories = _decode_list(content, starts[0]) if len(starts) == 1 else None
+        if categories is None:
+            whole = json.loads(content[:])
+            categories = whole.get("categories") if isinstance(whole, dict) else None
+    if not categories or not all(
+        isinstance(c, dict) and {"id", "name"} <= set(c) for c in categories
+    ):
+        raise ValueError('a COCO JSON needs "categories": [{"id": ..., "name": ...}, ...]')
+    return categories
+
+
+def _decode_list(content, start: int):
+    """Decode the JSON list that begins at `start`; None where there is no complete list."""
+    size = 1 << 16
+    while start < len(content):
+        text = content[start : start + size].decode("utf-8", errors="ignore")
+        try:
+            return json.JSONDecoder().raw_decode(text)[0]
+        except json.JSONDecodeError:
+            if start + size >= len(content):
+                return None
+            size *= 4
+    return None
+
+
+def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
+    """Remove annotations whose box has no area inside its image, with one warning that counts them.
+
+    Args:
+        records: Detectron2 dataset dicts with boxes in XYWH_ABS or XYXY_ABS; changed in place.
+        name: the dataset's name, for the warning.
+
+    Returns:
+        `records`. Images stay, also those that lose their last box.
+    """
+    dropped = []
+    for record in records:
+        kept = [a for a in record["annotations"] if _has_area(a, record)]
+        dropped += [record["file_name"]] * (len(record["annotations"]) - len(kept))
+        record["annotations"] = kept
+    if dropped:
+        images = list(dict.fromkeys(os.path.basename(file) for file in dropped))
+        more = ", ..." if len(images) > IMAGES_NAMED_IN_WARNING else ""
+        logger.warning(
+            f"{name}: dropped {len(dropped)} boxes of no area or outside their image, in "
+            f"{len(images)} images: {', '.join(images[:IMAGES_NAMED_IN_WARNING])}{more}"
+        )
+    return records
+
+
+def _has_area(annotation: Dict, record: Dict) -> bool:
+    left, top, right, bottom = annotation["bbox"]
+    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
+        right, bottom = left + right, top + bottom
+    wide = min(right, record["width"]) > max(left, 0)
+    return wide and min(bottom, record["height"]) > max(top, 0)

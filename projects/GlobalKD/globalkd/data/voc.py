@@ -1,0 +1,103 @@
+"""Reads a folder in Pascal VOC layout: any class names, .jpg, .jpeg or .png images.
+
+Here: files -> Detectron2 dataset dicts. Not here: the catalogs (`registration.py`) and the metric
+(`evaluation.py`). Against Detectron2's own loader, which serves the VOC datasets that Detectron2
+registers, it keeps the "difficult" flag, accepts fractional coordinates and missing optional tags,
+and names the file in every error.
+"""
+
+import os
+import xml.etree.ElementTree as ET
+from typing import Dict, List, Sequence
+
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
+
+
+def split_file(folder: str, split: str) -> str:
+    """Path of the text file that lists the images of a split."""
+    return os.path.join(folder, "ImageSets", "Main", split + ".txt")
+
+
+def load_voc_folder(folder: str, split: str, class_names: Sequence[str]) -> List[Dict]:
+    """Read one split of a VOC folder.
+
+    Args:
+        folder: holds Annotations/, ImageSets/Main/ and JPEGImages/.
+        split: name of a file in ImageSets/Main/, without ".txt".
+        class_names: the classes; their order gives the contiguous ids.
+
+    Returns:
+        One dict an image, in the split's order: file_name, image_id (the name in the split file),
+        height, width, annotations. A box is XYXY_ABS, zero-based: the file's one-based inclusive
+        (1, 1, W, H) becomes (0, 0, W, H). Each annotation carries "difficult" (bool). An image
+        without objects has an empty list.
+
+    Raises:
+        FileNotFoundError: an image or annotation file of the split is missing.
+        ValueError: an annotation file is malformed, has no image size or an unknown class.
+    """
+    annotations = PathManager.get_local_path(os.path.join(folder, "Annotations"))
+    images = _image_files(os.path.join(folder, "JPEGImages"))
+    class_ids = {name: index for index, name in enumerate(class_names)}
+    with PathManager.open(split_file(folder, split)) as lines:
+        names = [line.strip() for line in lines if line.strip()]
+    records = []
+    for name in names:
+        if name not in images:
+            expected = os.path.join(folder, "JPEGImages", name + ".jpg")
+            raise FileNotFoundError(f"{expected} (or .jpeg, .png): listed in split '{split}'")
+        record = _read_annotation(os.path.join(annotations, name + ".xml"), class_ids)
+        records.append({"file_name": images[name], "image_id": name, **record})
+    return records
+
+
+def _image_files(folder: str) -> Dict[str, str]:
+    """Name without extension -> path; .jpg goes before .jpeg before .png."""
+    files = {}
+    for extension in reversed(IMAGE_EXTENSIONS):
+        for file in PathManager.ls(folder):
+            stem, found = os.path.splitext(file)
+            if found.lower() == extension:
+                files[stem] = os.path.join(folder, file)
+    return files
+
+
+def _read_annotation(path: str, class_ids: Dict[str, int]) -> Dict:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: every image of a split needs an annotation file")
+    try:
+        root = ET.parse(path).getroot()
+        width, height = int(_number(root, "size/width")), int(_number(root, "size/height"))
+        objects = [_read_object(element, class_ids) for element in root.findall("object")]
+    except (ET.ParseError, ValueError) as error:
+        raise ValueError(f"{path}: not a VOC annotation: {error}") from error
+    if width <= 0 or height <= 0:
+        raise ValueError(f"{path}: <size> is {width} x {height}; write the image's size there")
+    return {"height": height, "width": width, "annotations": objects}
+
+
+def _read_object(element: ET.Element, class_ids: Dict[str, int]) -> Dict:
+    name = (element.findtext("name") or "").strip()
+    if name not in class_ids:
+        raise ValueError(f"unknown class '{name}'; DATASETS.VOC lists {list(class_ids)}")
+    left, top = _number(element, "bndbox/xmin"), _number(element, "bndbox/ymin")
+    right, bottom = _number(element, "bndbox/xmax"), _number(element, "bndbox/ymax")
+    # One-based and inclusive. A box without area would become one pixel: leave it as it is, to be
+    # dropped and counted like any other.
+    shift = 1.0 if right > left and bottom > top else 0.0
+    return {
+        "category_id": class_ids[name],
+        "bbox": [left - shift, top - shift, right, bottom],
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "difficult": (element.findtext("difficult") or "0").strip() == "1",
+    }
+
+
+def _number(element: ET.Element, path: str) -> float:
+    text = element.findtext(path)
+    if text is None:
+        raise ValueError(f"<{element.tag}> has no <{path}>")
+    return float(text)

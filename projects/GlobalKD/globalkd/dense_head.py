@@ -1,0 +1,103 @@
+"""Dense heads: where a detector scores every anchor of every cell.
+
+RetinaNet's head scores K classes; the RPN of a two-stage detector scores one, "object". Here: how
+to find it and the shape that its outputs take for the losses. Not here: running it, and what is
+learned from it.
+
+Shapes: N images, H x W cells of a level, A anchors of a cell, C scores of an anchor (K or 1).
+"""
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from detectron2.modeling import RetinaNet
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """The parts of a detector that make its dense predictions.
+
+    Attributes:
+        module: takes a list of maps, returns class maps and box maps, a list of each.
+        anchor_generator: takes the same list, returns the anchors of each level.
+        in_features: the names of those maps, in order.
+        transform: turns box predictions into boxes.
+    """
+
+    module: nn.Module
+    anchor_generator: nn.Module
+    in_features: Sequence[str]
+    transform: Box2BoxTransform
+
+
+def find_dense_head(model: nn.Module) -> Optional[DenseHead]:
+    """The dense head of a detector; None where it has none that we know."""
+    if isinstance(model, RetinaNet):
+        return DenseHead(
+            model.head, model.anchor_generator, model.head_in_features, model.box2box_transform
+        )
+    rpn = getattr(model, "proposal_generator", None)
+    if isinstance(rpn, RPN):
+        return DenseHead(rpn.rpn_head, rpn.anchor_generator, rpn.in_features, rpn.box2box_transform)
+    return None
+
+
+@dataclass
+class DenseOutputs:
+    """What a dense head says of every anchor. Levels have the student's names, finest first.
+
+    Attributes:
+        anchors: level -> (H, W, A, 4) XYXY_ABS in input pixels.
+        logits: level -> (N, H, W, A, C).
+        deltas: level -> (N, H, W, A, 4), what `transform` applies to the anchors.
+        transform: see `DenseHead`.
+    """
+
+    anchors: Dict[str, Tensor]
+    logits: Dict[str, Tensor]
+    deltas: Dict[str, Tensor]
+    transform: Box2BoxTransform
+
+    @staticmethod
+    def collect(
+        head: DenseHead, anchors: Sequence[Boxes], logits: List[Tensor], deltas: List[Tensor]
+    ) -> "DenseOutputs":
+        """From what `head.anchor_generator` and `head.module` returned."""
+        shaped_anchors, shaped_logits, shaped_deltas = {}, {}, {}
+        for name, boxes, scores, offsets in zip(head.in_features, anchors, logits, deltas):
+            height, width = scores.shape[-2:]
+            shaped_anchors[name] = boxes.tensor.view(height, width, -1, 4)
+            num_anchors = shaped_anchors[name].shape[2]
+            shaped_logits[name] = _by_cell(scores, num_anchors)
+            shaped_deltas[name] = _by_cell(offsets, num_anchors)
+        return DenseOutputs(shaped_anchors, shaped_logits, shaped_deltas, head.transform)
+
+    def renamed(self, names: Sequence[str]) -> "DenseOutputs":
+        """The same outputs, with other names for the levels, in order."""
+        parts = [dict(zip(names, x.values())) for x in (self.anchors, self.logits, self.deltas)]
+        return DenseOutputs(*parts, self.transform)
+
+    @property
+    def flat_anchors(self) -> Tensor:
+        """(sum of H W A, 4), in Detectron2's order of anchors."""
+        return torch.cat([x.flatten(0, 2) for x in self.anchors.values()])
+
+    @property
+    def flat_logits(self) -> Tensor:
+        """(N, sum of H W A, C), in the order of `flat_anchors`."""
+        return torch.cat([x.flatten(1, 3) for x in self.logits.values()], dim=1)
+
+    @property
+    def flat_deltas(self) -> Tensor:
+        """(N, sum of H W A, 4), in the order of `flat_anchors`."""
+        return torch.cat([x.flatten(1, 3) for x in self.deltas.values()], dim=1)
+
+
+def _by_cell(maps: Tensor, num_anchors: int) -> Tensor:
+    """(N, A C, H, W) -> (N, H, W, A, C)."""
+    return maps.unflatten(1, (num_anchors, -1)).permute(0, 3, 4, 1, 2)

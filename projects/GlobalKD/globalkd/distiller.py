@@ -1,0 +1,294 @@
+"""The distiller: teacher, pooler, prototypes and losses of one student. The only orchestrator.
+
+It gathers what a training step offers, asks each loss for its terms, and multiplies them by their
+weights. It does not know how any loss works, nor which meta-architecture it serves.
+"""
+
+import logging
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .features import InstancePooler, LevelPair, match_levels
+from .losses import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRows, StudentOutputs
+from .pairing import check_pair, inherit_heads
+from .prototype_bank import PrototypeBank
+from .prototype_refresh import PrototypeRefresher
+from .schedule import weight_factor
+from .structures import PrototypeSet
+from .teacher import Teacher, build_teacher
+
+logger = logging.getLogger(__name__)
+
+#: Observations are written every so many iterations: as often as Detectron2 prints.
+LOG_PERIOD = 20
+
+
+class Distiller(nn.Module):
+    """Turns a student's training step into a distillation step.
+
+    Its parameters (adapters and the like) are trained with the student. Its `state_dict` holds
+    those and the prototypes; the teacher is in neither.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        teacher: Teacher,
+        losses: Sequence[DistillLoss],
+        refresher: Optional[PrototypeRefresher] = None,
+        in_features: Sequence[str] = (),
+        instances: str = "positives",
+        pooler_resolution: int = 7,
+        num_prototypes: int = 10,
+        normalize: bool = True,
+        projection: str = "cosine",
+        projection_lambda: float = 10.0,
+        reliability: str = "coefficients",
+        inherit_teacher_heads: bool = False,
+        warmup_iters: int = 0,
+        stop_iter: int = 0,
+        decay: str = "none",
+        max_iter: int = 0,
+        input_format: str = "BGR",
+    ):
+        """
+        Args:
+            teacher: the frozen detector.
+            losses: the losses to add up; at least one with a weight.
+            refresher: makes the prototypes; needed if a loss reads them.
+            input_format: channel order of the student's images.
+
+        The other arguments are the keys of MODEL.GLOBALKD with the same names; see `config.py`.
+        """
+        super().__init__()
+        _check_choice("INSTANCES", instances, ("positives", "ground_truth"))
+        _check_choice("DECAY", decay, ("none", "linear", "cosine"))
+        active = [loss for loss in losses if any(loss.weights.values())]
+        if not active:
+            raise ValueError(
+                "MODEL.GLOBALKD.LOSSES names no loss with a weight above 0. To train the student "
+                "alone, set MODEL.GLOBALKD.ENABLED False."
+            )
+        self._teacher = (teacher,)  # in a tuple, and not a module: hidden from nn.Module
+        self.losses = nn.ModuleDict({type(loss).__name__: loss for loss in active})
+        if len(self.losses) < len(active):
+            raise ValueError("MODEL.GLOBALKD.LOSSES names a loss twice.")
+        self.refresher = refresher
+        self.in_features = in_features
+        self.instances = instances
+        self.pooler = InstancePooler(pooler_resolution)
+        self.bank: Optional[PrototypeBank] = None
+        self.bank_settings = {
+            "num_prototypes": num_prototypes,
+            "normalize": normalize,
+            "projection": projection,
+            "projection_lambda": projection_lambda,
+            "reliability": reliability,
+        }
+        self.inherit_teacher_heads = inherit_teacher_heads
+        self.schedule = {
+            "warmup_iters": warmup_iters,
+            "stop_iter": stop_iter,
+            "decay": decay,
+            "max_iter": max_iter,
+        }
+        self.input_format = input_format
+        self.levels: List[LevelPair] = []
+        self._prepared = -1
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.GLOBALKD
+        teacher = build_teacher(
+            node.TEACHER.CONFIG_FILE,
+            node.TEACHER.WEIGHTS,
+            node.TEACHER.OPTS,
+            allow_random_weights=node.TEACHER.ALLOW_RANDOM_WEIGHTS,
+            device=cfg.MODEL.DEVICE,
+        )
+        return {
+            "teacher": teacher,
+            "losses": [build_loss(cfg, name) for name in node.LOSSES],
+            "refresher": PrototypeRefresher(cfg),
+            "in_features": node.IN_FEATURES,
+            "instances": node.INSTANCES,
+            "pooler_resolution": node.POOLER_RESOLUTION,
+            "num_prototypes": node.PROTOTYPES.NUM,
+            "normalize": node.PROTOTYPES.NORMALIZE,
+            "projection": node.PROJECTION.TYPE,
+            "projection_lambda": node.PROJECTION.LAMBDA,
+            "reliability": node.RELIABILITY.TYPE,
+            "inherit_teacher_heads": node.INHERIT_TEACHER_HEADS,
+            "warmup_iters": node.WARMUP_ITERS,
+            "stop_iter": node.STOP_ITER,
+            "decay": node.DECAY,
+            "max_iter": cfg.SOLVER.MAX_ITER,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher[0]
+
+    def _apply(self, fn, *args, **kwargs):
+        self.teacher.apply_(fn)
+        return super()._apply(fn, *args, **kwargs)
+
+    def attach(self, student: nn.Module, *, num_classes: int) -> None:
+        """Create what depends on the pair: matched levels, prototype bank, adapters. Called once.
+
+        Raises:
+            ValueError: the pair cannot be distilled as configured.
+        """
+        self.levels = match_levels(
+            student.backbone.output_shape(), self.teacher.output_shape, self.in_features
+        )
+        logger.info(
+            "Distilled levels (student <- teacher): "
+            + ", ".join(f"{p.student} <- {p.teacher} (stride {p.stride})" for p in self.levels)
+        )
+        check_pair(
+            student,
+            self.teacher,
+            self.losses,
+            levels=[p.student for p in self.levels],
+            num_classes=num_classes,
+        )
+        weighted = self.bank_settings["reliability"] != "none"
+        losses = self.losses.values()
+        if any(x.needs_prototypes or (x.weighted and weighted) for x in losses):
+            self.bank = PrototypeBank(
+                levels=[p.student for p in self.levels],
+                num_classes=num_classes,
+                teacher_channels={p.student: p.teacher_channels for p in self.levels},
+                student_channels={p.student: p.student_channels for p in self.levels},
+                **self.bank_settings,
+            )
+        for loss in self.losses.values():
+            loss.num_classes = num_classes
+            loss.attach(self.levels)
+        self.to(next(student.parameters()).device)
+
+    def factor(self, iteration: int) -> float:
+        """Factor on all distillation weights at an iteration; see `weight_factor`."""
+        return weight_factor(iteration, **self.schedule)
+
+    @torch.no_grad()
+    def prepare(self, student: nn.Module, iteration: int) -> None:
+        """Do what must happen before the step of an iteration; a second call does nothing.
+
+        At iteration 0 the student inherits the teacher's heads if asked; prototypes are made or
+        loaded when they are due. Every process must call it at the same iteration.
+        """
+        if self._prepared == iteration:
+            return
+        self._prepared = iteration
+        if iteration == 0 and self.inherit_teacher_heads:
+            inherit_heads(student, self.teacher.model)
+        if self.bank is None or self.factor(iteration) == 0:
+            return
+        if self.refresher is None:
+            raise ValueError("A loss needs prototypes: give the Distiller a PrototypeRefresher.")
+        if not self.bank.is_ready and self.refresher.file:
+            self.refresher.load(self.bank)
+        if self.refresher.is_due(iteration, self.bank):
+            self.refresh(student)
+
+    def refresh(self, student: nn.Module) -> Optional[PrototypeSet]:
+        """Make prototypes with the present student; what was chosen, on the main process only."""
+        return self.refresher.refresh(
+            student, self.teacher, self.bank, levels=self.levels, pooler=self.pooler
+        )
+
+    def forward(
+        self,
+        batched_inputs: List[dict],
+        student: StudentOutputs,
+        detection_losses: Dict[str, Tensor],
+    ) -> Dict[str, Tensor]:
+        """Weighted distillation terms of one step.
+
+        Args:
+            batched_inputs: the student's input, with "instances".
+            student: what its forward pass of this step left.
+            detection_losses: the plain losses, for the logged ratios only.
+
+        Returns:
+            term name -> scalar, to be added to the student's losses.
+        """
+        iteration = get_event_storage().iter
+        factor = self.factor(iteration)
+        context = self._context(batched_inputs, student, iteration)
+        terms: Dict[str, Tensor] = {}
+        for loss in self.losses.values():
+            for name, term in loss(context).items():
+                assert name not in terms and name not in detection_losses, name
+                terms[name] = term * (factor * loss.weights[name])
+        if (iteration + 1) % LOG_PERIOD == 0:
+            self._write_observations(context, terms, detection_losses)
+        return terms
+
+    def _context(self, batched_inputs, student: StudentOutputs, iteration) -> DistillContext:
+        teacher_features = self.teacher.features(batched_inputs, self.input_format)
+        student_maps, teacher_maps = DistillContext.align_maps(
+            self.levels, student.features, teacher_features
+        )
+        device = student.positives.boxes.device
+        ground_truth = InstanceRows.from_ground_truth(
+            [x["instances"].to(device) for x in batched_inputs]
+        )
+        return DistillContext(
+            levels=self.levels,
+            student_maps=student_maps,
+            teacher_maps=teacher_maps,
+            teacher_features=teacher_features,
+            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            ground_truth=ground_truth,
+            positives=student.positives,
+            candidates=student.candidates,
+            instances=student.positives if self.instances == "positives" else ground_truth,
+            pooler=self.pooler,
+            teacher=self.teacher,
+            bank=self.bank,
+            student_dense=student.dense,
+            all_rows=any(loss.needs_predictions for loss in self.losses.values()),
+            iteration=iteration,
+            batched_inputs=batched_inputs,
+        )
+
+    def zero_terms(self) -> Dict[str, Tensor]:
+        """Terms of a step without distillation: 0, yet every parameter takes part in it."""
+        device = self.teacher.model.device
+        zero = sum((p.sum() * 0.0 for p in self.parameters()), torch.zeros((), device=device))
+        names = [name for loss in self.losses.values() for name in loss.weights]
+        return dict.fromkeys(names, zero)
+
+    def _write_observations(self, context: DistillContext, terms, detection_losses) -> None:
+        """One transfer from the device, every LOG_PERIOD iterations."""
+        detection = sum(x.detach() for x in detection_losses.values()).clamp_min(1e-12)
+        values = {f"kd/ratio_{k}": v.detach() / detection for k, v in terms.items()}
+        if self.bank is not None and len(context.instances):
+            values["kd/reliability"] = torch.stack(list(context.reliability.values())).mean()
+        values.update(context.observations)
+        numbers = torch.stack([v.float() for v in values.values()]).tolist()
+        storage = get_event_storage()
+        storage.put_scalars(smoothing_hint=False, **dict(zip(values, numbers)))
+        storage.put_scalar("kd/num_instances", len(context.instances), smoothing_hint=False)
+
+
+def build_loss(cfg, name: str) -> DistillLoss:
+    """Build a registered loss from a config."""
+    if name not in DISTILL_LOSS_REGISTRY:
+        known = sorted(key for key, _ in DISTILL_LOSS_REGISTRY)
+        raise ValueError(f"MODEL.GLOBALKD.LOSSES names {name!r}; registered are {known}.")
+    return DISTILL_LOSS_REGISTRY.get(name)(cfg)
+
+
+def _check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"MODEL.GLOBALKD.{key} is {value!r}; it must be one of {allowed}.")

@@ -1,0 +1,153 @@
+"""From detectors to features: recorded module outputs, matched levels, pooled instances.
+
+What losses, extraction and analysis read passes through here. Nothing here knows a dataset, a
+prototype or a loss.
+
+Shapes: N images, L levels, H x W cells of a level, R boxes, D channels.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Mapping, Sequence
+
+import torch
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+
+@contextmanager
+def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[Dict[str, Any]]:
+    """Record what modules return while the block runs; the hooks are removed at its end.
+
+    Args:
+        modules: name -> module. Their outputs are kept as they are, with their gradient.
+
+    Yields:
+        name -> the module's latest output; a name is absent until its module has run.
+    """
+    outputs: Dict[str, Any] = {}
+
+    def hook(name):
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class LevelPair:
+    """A level that both detectors have. `student` is its name everywhere in this project."""
+
+    student: str
+    teacher: str
+    stride: int
+    student_channels: int
+    teacher_channels: int
+
+
+def match_levels(
+    student: Mapping[str, ShapeSpec],
+    teacher: Mapping[str, ShapeSpec],
+    in_features: Sequence[str] = (),
+) -> List[LevelPair]:
+    """Pair feature maps of equal stride, finest first.
+
+    Args:
+        student: the student backbone's `output_shape()`.
+        teacher: the teacher backbone's.
+        in_features: the student's levels to keep; empty for all that have a partner.
+
+    Raises:
+        ValueError: a level that the student has not, or that has no partner in the teacher.
+    """
+    unknown = [name for name in in_features if name not in student]
+    if unknown:
+        raise ValueError(
+            f"MODEL.GLOBALKD.IN_FEATURES names {unknown}, but the student's backbone has "
+            f"{sorted(student)}."
+        )
+    by_stride = {shape.stride: name for name, shape in teacher.items()}
+    names = sorted(in_features or student, key=lambda name: student[name].stride)
+    pairs = [
+        LevelPair(
+            student=name,
+            teacher=by_stride[student[name].stride],
+            stride=student[name].stride,
+            student_channels=student[name].channels,
+            teacher_channels=teacher[by_stride[student[name].stride]].channels,
+        )
+        for name in names
+        if student[name].stride in by_stride
+    ]
+    alone = [name for name in names if student[name].stride not in by_stride]
+    if not pairs or (alone and in_features):
+        raise ValueError(
+            f"MODEL.GLOBALKD.IN_FEATURES: the student's levels {alone} with strides "
+            f"{[student[n].stride for n in alone]} have no partner in the teacher, whose strides "
+            f"are {sorted(by_stride)}."
+        )
+    return pairs
+
+
+def crop_to_common(student: Tensor, teacher: Tensor) -> "tuple[Tensor, Tensor]":
+    """Cut two (N, *, H, W) maps of equal stride to their common top-left area.
+
+    Detectors pad to different multiples; the padding lies at the right and at the bottom.
+    """
+    height = min(student.shape[-2], teacher.shape[-2])
+    width = min(student.shape[-1], teacher.shape[-1])
+    return student[..., :height, :width], teacher[..., :height, :width]
+
+
+def to_rois(boxes: Sequence[Tensor]) -> Tensor:
+    """Stack per-image (R_i, 4) boxes as (R, 5) float rows: image index, x1, y1, x2, y2."""
+    counts = [len(b) for b in boxes]
+    image_index = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts))
+    stacked = torch.cat(list(boxes))
+    return torch.cat([image_index[:, None].to(stacked), stacked], dim=1)
+
+
+class InstancePooler(nn.Module):
+    """RoIAlign of every box on every level, averaged over the grid (Sec. 3.3: each map by itself).
+
+    Averaging a G x G RoIAlign output equals one bin with G x G sampling points, which is what is
+    computed: the (R, D, G, G) tensor never exists.
+    """
+
+    def __init__(self, resolution: int):
+        """
+        Args:
+            resolution: sampling points per side, G.
+        """
+        super().__init__()
+        if resolution < 1:
+            raise ValueError(
+                f"MODEL.GLOBALKD.POOLER_RESOLUTION is {resolution}; it must be at least 1."
+            )
+        self.resolution = resolution
+
+    def forward(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
+        """
+        Args:
+            features: (N, D, H, W) map of one level.
+            rois: (R, 5) rows of image index and XYXY_ABS box in input pixels; see `to_rois`.
+            stride: input pixels per cell.
+
+        Returns:
+            (R, D) float32, differentiable in `features`; (0, D) without boxes.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            pooled = roi_align(
+                features.float(),
+                rois.float(),
+                output_size=1,
+                spatial_scale=1.0 / stride,
+                sampling_ratio=self.resolution,
+                aligned=True,
+            )
+        return pooled.flatten(1)

@@ -1,0 +1,215 @@
+"""What a distillation loss is, and what it may read: the context of one training step.
+
+A loss is one module in DISTILL_LOSS_REGISTRY. It takes a `DistillContext` and returns named,
+unweighted terms. Whatever costs time in the context is computed on first use and then shared, so
+that a sum of losses pays once for the teacher's pass, the pooling and the heads.
+
+Shapes: N images, L levels, R instances, M positives, K classes, P prototypes, D channels.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from ..dense_head import DenseOutputs
+from ..features import InstancePooler, LevelPair, crop_to_common
+from ..prototype_bank import PrototypeBank
+from ..teacher import Teacher
+from .outputs import Candidates, InstanceRows, Positives, Responses
+
+DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
+DISTILL_LOSS_REGISTRY.__doc__ = """
+Distillation losses by name, as MODEL.GLOBALKD.LOSSES lists them: `DistillLoss` subclasses that can
+be built from a config alone (Detectron2's `configurable` with a `from_config`).
+"""
+
+
+class DistillLoss(nn.Module):
+    """Base class of the losses.
+
+    Attributes:
+        weights: term name -> weight. The distiller multiplies, and nothing else does.
+        weighted: whether the loss reads `context.reliability`.
+        needs_prototypes: whether the loss reads `context.bank`.
+        needs_responses: whether the loss reads `context.responses` or `context.predictions`.
+        needs_predictions: whether it reads `context.predictions`.
+        needs_anchors: whether it reads `context.student_dense`, on every level.
+        needs_dense: whether it reads `context.teacher_dense`, too.
+        one_stage_only: whether the method is defined for one-stage detectors alone.
+        num_classes: K; set before `attach` is called.
+    """
+
+    needs_prototypes: bool = False
+    needs_responses: bool = False
+    needs_predictions: bool = False
+    needs_anchors: bool = False
+    needs_dense: bool = False
+    one_stage_only: bool = False
+    num_classes: int = 0
+
+    def __init__(self, weights: Dict[str, float], *, weighted: bool = False):
+        super().__init__()
+        negative = {name: w for name, w in weights.items() if w < 0}
+        if negative:
+            raise ValueError(f"The weight of a distillation loss cannot be negative: {negative}.")
+        self.weights = weights
+        self.weighted = weighted
+
+    def attach(self, levels: Sequence[LevelPair]) -> None:
+        """Create what depends on the pair of detectors, such as adapters. Called once."""
+
+    def forward(self, context: "DistillContext") -> Dict[str, Tensor]:
+        """Unweighted scalar terms, one for each key of `weights` whose weight is not 0.
+
+        Without an instance a term is a zero that still carries gradient to the loss's own
+        parameters and to the student, so that no process waits for another.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class DistillContext:
+    """Everything that one training step offers to the losses.
+
+    Attributes:
+        levels: matched levels, finest first. Dictionaries below have the student's level names.
+        student_maps: level -> (N, D_s, H, W), with gradient.
+        teacher_maps: level -> (N, D_t, H, W), detached, of the same H and W.
+        teacher_features: all of the teacher's maps under its own names.
+        image_sizes: per-image (height, width) of the input.
+        ground_truth: the annotated boxes.
+        positives: the student's positive proposals or anchors.
+        candidates: everything that its class head scored.
+        instances: what counts as an instance: `ground_truth` or `positives`.
+        bank: the prototypes; None where no loss asks for them.
+        student_dense: the outputs of the student's dense head; None where it has none.
+        all_rows: whether some loss reads `predictions`: the teacher's head then runs on all rows.
+    """
+
+    levels: Sequence[LevelPair]
+    student_maps: Dict[str, Tensor]
+    teacher_maps: Dict[str, Tensor]
+    teacher_features: Dict[str, Tensor]
+    image_sizes: List[Tuple[int, int]]
+    ground_truth: InstanceRows
+    positives: Positives
+    candidates: Candidates
+    instances: InstanceRows
+    pooler: InstancePooler
+    teacher: Teacher
+    bank: Optional[PrototypeBank] = None
+    student_dense: Optional[DenseOutputs] = None
+    all_rows: bool = False
+    iteration: int = 0
+    batched_inputs: List[dict] = field(default_factory=list)
+    #: name -> detached scalar, written to the EventStorage now and then; losses may add to it.
+    observations: Dict[str, Tensor] = field(default_factory=dict)
+    #: What one loss computed and another may want too, by a key that says what it is.
+    shared: Dict[tuple, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def align_maps(levels: Sequence[LevelPair], student: Dict, teacher: Dict):
+        """Pick the matched levels out of both detectors' outputs and cut them to equal size."""
+        pairs = [crop_to_common(student[p.student], teacher[p.teacher]) for p in levels]
+        names = [p.student for p in levels]
+        return dict(zip(names, [s for s, _ in pairs])), dict(zip(names, [t for _, t in pairs]))
+
+    @cached_property
+    def student_instance_features(self) -> Dict[str, Tensor]:
+        """Level -> (R, D_s) float32, with gradient."""
+        rois = self.instances.rois
+        maps = self.student_maps
+        return {p.student: self.pooler(maps[p.student], rois, p.stride) for p in self.levels}
+
+    @cached_property
+    def teacher_instance_features(self) -> Dict[str, Tensor]:
+        """Level -> (R, D_t) float32, detached."""
+        rois = self.instances.rois
+        maps = self.teacher_maps
+        return {p.student: self.pooler(maps[p.student], rois, p.stride) for p in self.levels}
+
+    @cached_property
+    def reliability(self) -> Dict[str, Tensor]:
+        """Level -> (R,) the weight omega of Eq. (8) in [0, 1], detached; 1 without prototypes."""
+        if self.bank is None:
+            ones = self.instances.boxes.new_ones(len(self.instances))
+            return {p.student: ones for p in self.levels}
+        return {
+            p.student: self.bank.reliability(
+                p.student,
+                self.teacher_instance_features[p.student],
+                self.student_instance_features[p.student].detach(),
+                self.instances.classes,
+            )
+            for p in self.levels
+        }
+
+    @cached_property
+    def ground_truth_reliability(self) -> Dict[str, Tensor]:
+        """`reliability` of the annotated boxes, pooled for it unless they are the instances."""
+        if self.instances is self.ground_truth:
+            return self.reliability
+        return replace(self, instances=self.ground_truth).reliability
+
+    @cached_property
+    def teacher_dense(self) -> DenseOutputs:
+        """The teacher's dense head on its own maps, with the names of `student_dense`."""
+        ours = self.student_dense.logits
+        dense = self.teacher.dense_outputs(self.teacher_features).renamed(list(ours))
+        for level, logits in dense.logits.items():
+            assert logits.shape == ours[level].shape, (
+                f"{level}: the teacher's dense head gives {tuple(logits.shape)}, the student's "
+                f"{tuple(ours[level].shape)}: their inputs are padded to different sizes"
+            )
+        return dense
+
+    @cached_property
+    def predictions(self) -> Responses:
+        """Both detectors' class predictions on all `candidates`; each head ran once."""
+        candidates = self.candidates
+        ones = torch.ones_like(candidates.labels, dtype=torch.float32)
+        weight = self._positive_reliability().float()
+        return Responses(
+            student=candidates.logits,
+            teacher=candidates.teacher_logits(self).detach(),
+            labels=candidates.labels,
+            reliability=ones.index_copy(0, self.positives.rows, weight),
+            one_stage=candidates.one_stage,
+        )
+
+    @cached_property
+    def responses(self) -> Responses:
+        """Both detectors' class predictions on the positives; each head ran once."""
+        rows = self.positives.rows
+        if self.all_rows:
+            teacher = self.predictions.teacher[rows]
+        else:
+            teacher = self.candidates.teacher_logits(self, rows).detach()
+        return Responses(
+            student=self.candidates.logits[rows],
+            teacher=teacher,
+            labels=self.positives.classes,
+            reliability=self._positive_reliability(),
+            one_stage=self.candidates.one_stage,
+        )
+
+    def _positive_reliability(self) -> Tensor:
+        """(M,) omega of each positive at the level that predicts it."""
+        if self.bank is None or len(self.instances) == 0:
+            return self.positives.boxes.new_ones(len(self.positives))
+        by_level = torch.stack([self.reliability[p.student] for p in self.levels])  # (L, R)
+        finest = math.log2(self.levels[0].stride)
+        level = (self.positives.strides.log2() - finest).round().long()
+        level = level.clamp(0, len(self.levels) - 1)
+        return by_level[level, self._instance_of_positive()]
+
+    def _instance_of_positive(self) -> Tensor:
+        """(M,) row of `instances` that each positive stands for."""
+        if self.instances is self.positives:
+            return torch.arange(len(self.positives), device=self.positives.boxes.device)
+        return self.positives.matched_rows(self.instances)

@@ -1,0 +1,125 @@
+"""Decoupled features: objects and background of the maps, positives and negatives of the head.
+
+"Distilling Object Detectors via Decoupled Features", Guo et al., CVPR 2021 (DeFeat).
+"""
+
+from typing import Dict, Sequence
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor
+
+from ..features import LevelPair
+from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .feature import box_mask, build_adapters, weighted_feature_loss
+from .instance_feature import ground_truth_weight
+from .outputs import Responses
+from .response import sigmoid_kl, softmax_kl
+
+
+def decoupled_divergence(responses: Responses, temperature: float) -> "tuple[Tensor, Tensor]":
+    """Mean KL divergence of class predictions: on foreground rows, and on background rows."""
+    divergence = sigmoid_kl if responses.one_stage else softmax_kl
+    rows = divergence(responses.student, responses.teacher, temperature)
+    background = responses.background
+    foreground = (responses.labels >= 0) & ~background
+    positive, negative = (
+        (rows * kept).sum() / kept.sum().clamp_min(1) for kept in (foreground, background)
+    )
+    return positive, negative
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class DeFeat(DistillLoss):
+    """`loss_kd_defeat_object`, `_background`, `_positive` and `_negative`.
+
+    The first two are (1 / 2 N) sum M |f(S) - T|^2 with M inside and outside the annotated boxes, N
+    the number of their cells times channels, mean over levels, f a 3x3 convolution a level; the
+    last two T^2 KL of the class predictions of foreground and of background proposals (RetinaNet:
+    anchors, K binary divergences), mean over their rows.
+
+    Defaults: those of the authors' VOC configuration, whose normalisation is ours: 3 and 12 on the
+    maps, and the head's two terms off (it names 2 and 2 with T = 1 for them).
+
+    With reliability ("+ prototypes" in Table 4) a cell inside boxes weighs as much as its most
+    reliable instance.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        object_weight: float = 3.0,
+        background_weight: float = 12.0,
+        positive_weight: float = 0.0,
+        negative_weight: float = 0.0,
+        temperature: float = 1.0,
+        weighted: bool = False,
+    ):
+        """
+        Args:
+            object_weight: weight of the maps inside boxes.
+            background_weight: weight of the maps outside boxes.
+            positive_weight: weight of the head's predictions on the foreground.
+            negative_weight: weight of the head's predictions on the background.
+            temperature: T of the head's two terms.
+            weighted: multiply each box's cells by its reliability.
+        """
+        weights = {
+            "loss_kd_defeat_object": object_weight,
+            "loss_kd_defeat_background": background_weight,
+            "loss_kd_defeat_positive": positive_weight,
+            "loss_kd_defeat_negative": negative_weight,
+        }
+        super().__init__({k: w for k, w in weights.items() if w}, weighted=weighted)
+        if temperature <= 0:
+            raise ValueError(
+                f"MODEL.GLOBALKD.DEFEAT.TEMPERATURE is {temperature}; it must be positive."
+            )
+        self.temperature = temperature
+        self.needs_maps = bool(object_weight or background_weight)
+        self.needs_responses = self.needs_predictions = bool(positive_weight or negative_weight)
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.GLOBALKD.DEFEAT
+        return {
+            "object_weight": node.OBJECT_WEIGHT,
+            "background_weight": node.BACKGROUND_WEIGHT,
+            "positive_weight": node.POSITIVE_WEIGHT,
+            "negative_weight": node.NEGATIVE_WEIGHT,
+            "temperature": node.TEMPERATURE,
+            "weighted": node.USE_RELIABILITY,
+        }
+
+    def attach(self, levels: Sequence[LevelPair]) -> None:
+        if self.needs_maps:
+            self.adapters = build_adapters(levels, kernel_size=3, relu=False)
+
+    def forward(self, context: DistillContext) -> Dict[str, Tensor]:
+        terms = self._map_terms(context) if self.needs_maps else {}
+        if self.needs_predictions:
+            terms["loss_kd_defeat_positive"], terms["loss_kd_defeat_negative"] = (
+                decoupled_divergence(context.predictions, self.temperature)
+            )
+        return {name: terms[name] for name in self.weights}
+
+    def _map_terms(self, context: DistillContext) -> Dict[str, Tensor]:
+        inside, outside = [], []
+        for pair in context.levels:
+            teacher = context.teacher_maps[pair.student]
+            student = self.adapters[pair.student](context.student_maps[pair.student])
+            weight = ground_truth_weight(context, pair.student, self.weighted).float()
+            # A weight of 0 must not turn an instance's cells into background.
+            mask = box_mask(
+                context.ground_truth,
+                weight.clamp_min(1e-6),
+                size=(len(teacher), *teacher.shape[-2:]),
+                stride=pair.stride,
+            )
+            inside.append(weighted_feature_loss(student, teacher, mask))
+            outside.append(weighted_feature_loss(student, teacher, (mask == 0).float()))
+        return {
+            "loss_kd_defeat_object": torch.stack(inside).mean(),
+            "loss_kd_defeat_background": torch.stack(outside).mean(),
+        }

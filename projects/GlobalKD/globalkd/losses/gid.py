@@ -1,0 +1,222 @@
+"""General instances: boxes on which teacher and student disagree most.
+
+"General Instance Distillation for Object Detection", Dai et al., CVPR 2021 (GID).
+
+Shapes: N images, A anchors of an image over all levels, C classes (1 for an RPN), G general
+instances of a batch, D channels.
+"""
+
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
+
+from ..dense_head import DenseOutputs
+from ..features import LevelPair
+from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .feature import build_adapters
+from .response import sigmoid_kl
+from .rkd import distance_loss
+
+#: Anchors of an image that take part in the non-maximum suppression, by their score.
+BEFORE_NMS = 3000
+
+
+@torch.no_grad()
+def general_instances(
+    student: DenseOutputs,
+    teacher: DenseOutputs,
+    image_sizes: Sequence[Tuple[int, int]],
+    *,
+    num_instances: int,
+    nms_threshold: float,
+) -> List[Tensor]:
+    """The general instance selection module (GISM).
+
+    An anchor's score is the largest difference of a class probability between the detectors; its
+    box is that of the detector with the larger probability. Overlapping ones are suppressed.
+
+    Args:
+        student, teacher: what the dense heads say of the same anchors.
+        image_sizes: (height, width) of each image.
+        num_instances: at most so many of an image.
+        nms_threshold: IoU above which the lower score is suppressed.
+
+    Returns:
+        (G, 5) rows of image index, ascending, and XYXY_ABS box.
+    """
+    ours, theirs = student.flat_logits.float().sigmoid(), teacher.flat_logits.float().sigmoid()
+    score = (theirs - ours).abs().amax(dim=-1)
+    score, index = score.topk(min(BEFORE_NMS, score.shape[1]), dim=1)  # (N, k)
+    trusted = (theirs.amax(dim=-1) > ours.amax(dim=-1)).gather(1, index)
+    boxes = torch.where(trusted[..., None], _decode(teacher, index), _decode(student, index))
+    sizes = torch.as_tensor([(w, h, w, h) for h, w in image_sizes]).to(boxes)
+    boxes = boxes.clamp_min(0).minimum(sizes[:, None]).flatten(0, 1)
+    image = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])
+    kept = batched_nms(boxes, score.flatten(), image, nms_threshold)  # best first
+    rank = F.one_hot(image[kept], len(index)).cumsum(dim=0).gather(1, image[kept][:, None])
+    kept = kept[rank.squeeze(1) <= num_instances].sort().values
+    return torch.cat([image[kept][:, None].to(boxes), boxes[kept]], dim=1)
+
+
+def _decode(outputs: DenseOutputs, index: Tensor) -> Tensor:
+    """Predicted boxes of the anchors with the given (N, k) indices: (N, k, 4)."""
+    deltas = outputs.flat_deltas.gather(1, index[..., None].expand(-1, -1, 4)).float()
+    anchors = outputs.flat_anchors[index]
+    boxes = outputs.transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1))
+    return boxes.view_as(anchors)
+
+
+@torch.no_grad()
+def anchors_at(rois: Tensor, anchors: Tensor, *, num_images: int, threshold: float) -> Tensor:
+    """(N, A) bool: anchors whose IoU with a (G, 5) row of their image is at least `threshold`."""
+    overlaps = box_iou(rois[:, 1:], anchors)
+    image = rois[:, :1].long().expand_as(overlaps)
+    best = overlaps.new_zeros(num_images, len(anchors))
+    return best.scatter_reduce(0, image, overlaps, "amax") >= threshold
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the entries where the mask is set; 0 where it is nowhere."""
+    return (values * mask).sum() / mask.sum().clamp_min(1)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class GID(DistillLoss):
+    """`loss_kd_gid_feature`, `_relation`, `_class` and `_box`.
+
+    On the features that RoIAlign gives for the general instances: squared difference after a 3x3
+    convolution a level, mean over instances, channels and bins; RKD-D between the batch's
+    instances. On the anchors that the instances cover: binary KL of the class scores (summed over
+    classes) and L1 of the box predictions (summed over 4), mean over those anchors.
+
+    The dense heads are compared: RetinaNet's, or the class-agnostic RPN of a two-stage detector.
+
+    Defaults: K = 10 instances, NMS at 0.3, RoIAlign 10 x 10; weights 5e-4 of a squared norm, which
+    is 5e-4 x 256 x 100 = 12.8 of its mean, 40 for relations, 0.1 for either response. There was no
+    code of the authors to check their normalisation against: look at the ratios in the log.
+
+    Note: general instances have no annotated class, and with it no prototypes: there is no
+    reliability to weigh them with.
+    """
+
+    needs_dense = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        feature_weight: float = 12.8,
+        relation_weight: float = 40.0,
+        class_weight: float = 0.1,
+        box_weight: float = 0.1,
+        num_instances: int = 10,
+        nms_threshold: float = 0.3,
+        anchor_threshold: float = 0.5,
+        pooler_resolution: int = 10,
+    ):
+        """
+        Args:
+            feature_weight: weight of the features.
+            relation_weight: weight of their relations.
+            class_weight: weight of the class predictions.
+            box_weight: weight of the box predictions.
+            num_instances: K, general instances of an image.
+            nms_threshold: IoU at which instances suppress each other.
+            anchor_threshold: IoU from which on an anchor belongs to an instance.
+            pooler_resolution: bins per side of RoIAlign.
+        """
+        weights = {
+            "loss_kd_gid_feature": feature_weight,
+            "loss_kd_gid_relation": relation_weight,
+            "loss_kd_gid_class": class_weight,
+            "loss_kd_gid_box": box_weight,
+        }
+        super().__init__({k: w for k, w in weights.items() if w})
+        if num_instances < 1:
+            raise ValueError(
+                f"MODEL.GLOBALKD.GID.NUM_INSTANCES is {num_instances}; it must be at least 1."
+            )
+        self.num_instances = num_instances
+        self.nms_threshold = nms_threshold
+        self.anchor_threshold = anchor_threshold
+        self.pooler_resolution = pooler_resolution
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.GLOBALKD.GID
+        return {
+            "feature_weight": node.FEATURE_WEIGHT,
+            "relation_weight": node.RELATION_WEIGHT,
+            "class_weight": node.CLASS_WEIGHT,
+            "box_weight": node.BOX_WEIGHT,
+            "num_instances": node.NUM_INSTANCES,
+            "nms_threshold": node.NMS_THRESHOLD,
+            "anchor_threshold": node.ANCHOR_THRESHOLD,
+            "pooler_resolution": node.POOLER_RESOLUTION,
+        }
+
+    def attach(self, levels: Sequence[LevelPair]) -> None:
+        if "loss_kd_gid_feature" in self.weights:
+            self.adapters = build_adapters(levels, kernel_size=3, relu=False)
+        self.pooler = ROIPooler(
+            output_size=self.pooler_resolution,
+            scales=[1.0 / p.stride for p in levels],
+            sampling_ratio=2,
+            pooler_type="ROIAlignV2",
+        )
+
+    def forward(self, context: DistillContext) -> Dict[str, Tensor]:
+        rois = general_instances(
+            context.student_dense,
+            context.teacher_dense,
+            context.image_sizes,
+            num_instances=self.num_instances,
+            nms_threshold=self.nms_threshold,
+        )
+        terms = {**self._feature_terms(context, rois), **self._response_terms(context, rois)}
+        return {name: terms[name] for name in self.weights}
+
+    def _feature_terms(self, context: DistillContext, rois: Tensor) -> Dict[str, Tensor]:
+        """Squared difference of adapted features, and of the relations of raw ones."""
+        names = [p.student for p in context.levels]
+        counts = torch.bincount(rois[:, 0].long(), minlength=len(context.image_sizes)).tolist()
+        boxes = [Boxes(b) for b in rois[:, 1:].split(counts)]
+        teacher = self._pool([context.teacher_maps[n] for n in names], boxes)
+        terms = {}
+        if "loss_kd_gid_feature" in self.weights:
+            adapted = self._pool([self.adapters[n](context.student_maps[n]) for n in names], boxes)
+            squared = (adapted - teacher).square()
+            terms["loss_kd_gid_feature"] = squared.sum() / max(squared.numel(), 1)
+        if "loss_kd_gid_relation" in self.weights:
+            student = self._pool([context.student_maps[n] for n in names], boxes)
+            with torch.autocast(student.device.type, enabled=False):
+                terms["loss_kd_gid_relation"] = distance_loss(
+                    student.flatten(1), teacher.flatten(1)
+                )
+        return terms
+
+    def _pool(self, maps: List[Tensor], boxes: List[Boxes]) -> Tensor:
+        """(G, D, bins, bins) float32."""
+        return self.pooler([x.float() for x in maps], boxes)
+
+    def _response_terms(self, context: DistillContext, rois: Tensor) -> Dict[str, Tensor]:
+        """Class and box predictions of the anchors at the general instances."""
+        ours, theirs = context.student_dense, context.teacher_dense
+        mask = anchors_at(
+            rois,
+            ours.flat_anchors,
+            num_images=len(context.image_sizes),
+            threshold=self.anchor_threshold,
+        )
+        classes = sigmoid_kl(ours.flat_logits, theirs.flat_logits, 1.0)
+        offsets = (ours.flat_deltas.float() - theirs.flat_deltas.float()).abs().sum(dim=-1)
+        return {
+            "loss_kd_gid_class": masked_mean(classes, mask),
+            "loss_kd_gid_box": masked_mean(offsets, mask),
+        }

@@ -1,0 +1,98 @@
+"""Global knowledge, Eq. (6) of GlobalKD: equal coefficients on the common prototypes."""
+
+from typing import Dict, Tuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import Tensor
+
+from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+
+
+def coefficient_loss(student: Tensor, teacher: Tensor, weight: Tensor, penalty: str) -> Tensor:
+    """Weighted penalty on the difference of coefficients, Eq. (6).
+
+    Args:
+        student: (R, C) coefficients, with gradient.
+        teacher: (R, C) coefficients, the targets.
+        weight: (R,) reliability.
+        penalty: "l2" (half the square) or "smooth_l1" (quadratic up to 1).
+
+    Returns:
+        Scalar: summed over the C prototypes, mean over instances; 0 without instances.
+    """
+    if penalty == "l2":
+        distance = 0.5 * (student - teacher).square()
+    else:
+        distance = F.smooth_l1_loss(student, teacher, reduction="none")
+    return (distance.sum(dim=1) * weight).sum() / max(len(weight), 1)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class GlobalKnowledge(DistillLoss):
+    """`loss_kd_global`: the student's instances are to lie to the prototypes as the teacher's do.
+
+    Mean over instances and levels. With scope "all" the sum over prototypes is divided by the
+    number of classes, so that both scopes have one scale.
+    """
+
+    needs_prototypes = True
+
+    @configurable
+    def __init__(
+        self, *, weight: float = 5.0, scope: str = "class", penalty: str = "l2", weighted=True
+    ):
+        """
+        Args:
+            weight: weight of the term; the paper's third one.
+            scope: "class" (the prototypes of the instance's own class) or "all".
+            penalty: "l2" or "smooth_l1".
+            weighted: multiply each instance by its reliability.
+        """
+        super().__init__({"loss_kd_global": weight}, weighted=weighted)
+        _check("SCOPE", scope, ("class", "all"))
+        _check("PENALTY", penalty, ("l2", "smooth_l1"))
+        self.scope = scope
+        self.penalty = penalty
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.GLOBALKD.GLOBAL
+        return {
+            "weight": node.WEIGHT,
+            "scope": node.SCOPE,
+            "penalty": node.PENALTY,
+            "weighted": node.USE_RELIABILITY,
+        }
+
+    def forward(self, context: DistillContext) -> Dict[str, Tensor]:
+        terms, discrepancies = [], []
+        for pair in context.levels:
+            teacher, student, share = self._coefficients(context, pair.student)
+            weight = context.reliability[pair.student]
+            if not self.weighted:
+                weight = torch.ones_like(weight)
+            terms.append(share * coefficient_loss(student, teacher, weight, self.penalty))
+            discrepancies.append((student.detach() - teacher).norm(dim=1).sum())
+        count = max(len(context.instances), 1)
+        context.observations["kd/discrepancy"] = torch.stack(discrepancies).mean() / count
+        return {"loss_kd_global": torch.stack(terms).mean()}
+
+    def _coefficients(self, context: DistillContext, level: str) -> Tuple[Tensor, Tensor, float]:
+        """Teacher's and student's (R, C) coefficients, and the factor of the scope."""
+        bank = context.bank
+        teacher, student = bank.project(
+            level,
+            context.teacher_instance_features[level],
+            context.student_instance_features[level],
+        )
+        if self.scope == "all":
+            return teacher.flatten(1), student.flatten(1), 1.0 / bank.num_classes
+        classes = context.instances.classes
+        return bank.own_class(teacher, classes), bank.own_class(student, classes), 1.0
+
+
+def _check(key: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"MODEL.GLOBALKD.GLOBAL.{key} is {value!r}; it must be one of {allowed}.")

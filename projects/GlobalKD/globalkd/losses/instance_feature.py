@@ -1,0 +1,123 @@
+"""Instance features of DRKD: the annotated boxes' RoI features, imitated bin by bin.
+
+Here: the RoIAlign grids of annotated boxes, which the relations in `instance_relation` start from
+too, and `loss_kd_instance_feature`, the third term (L_INS) of "Dual Relation Knowledge Distillation
+for Object Detection" (Ni et al., IJCAI 2023).
+
+Shapes: R boxes, D channels, G x G bins.
+"""
+
+from typing import Dict, Sequence, Tuple
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from ..features import LevelPair
+from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .feature import build_adapters
+
+#: Sampling points per side of a bin: what a box costs does not depend on its size.
+SAMPLES_PER_BIN = 2
+
+
+def ground_truth_grids(
+    context: DistillContext, pair: LevelPair, resolution: int
+) -> Tuple[Tensor, Tensor]:
+    """RoIAlign of every annotated box on one level, computed once a step.
+
+    Args:
+        context: the step.
+        pair: the level.
+        resolution: bins per side, G.
+
+    Returns:
+        (R, D_s, G, G) of the student, with gradient, and (R, D_t, G, G) of the teacher; float32.
+    """
+    key = ("ground_truth_grids", pair.student, resolution)
+    if key not in context.shared:
+        context.shared[key] = tuple(
+            roi_align(
+                maps[pair.student].float(),
+                context.ground_truth.rois.float(),
+                output_size=resolution,
+                spatial_scale=1.0 / pair.stride,
+                sampling_ratio=SAMPLES_PER_BIN,
+                aligned=True,
+            )
+            for maps in (context.student_maps, context.teacher_maps)
+        )
+    return context.shared[key]
+
+
+def instance_feature_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference, mean over channels and bins: two (R, D, G, G) -> (R,)."""
+    return (student - teacher).square().flatten(1).mean(dim=1)
+
+
+def ground_truth_weight(context: DistillContext, level: str, weighted: bool) -> Tensor:
+    """(R,) reliability of each annotated box where `weighted`, else 1."""
+    if weighted:
+        return context.ground_truth_reliability[level]
+    return context.ground_truth.boxes.new_ones(len(context.ground_truth))
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class InstanceFeature(DistillLoss):
+    """`loss_kd_instance_feature`: squared error between adapted student and teacher RoI features.
+
+    Mean over the batch's annotated boxes, every box on every one of the finest levels; then over
+    levels.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        weight: float = 0.5,
+        num_levels: int = 2,
+        resolution: int = 3,
+        weighted: bool = False,
+    ):
+        """
+        Args:
+            weight: weight of the term.
+            num_levels: how many levels, from the finest on; all where there are fewer.
+            resolution: bins per side of RoIAlign.
+            weighted: multiply each box by its reliability.
+        """
+        super().__init__({"loss_kd_instance_feature": weight}, weighted=weighted)
+        check_positive("INSTANCE_FEATURE", NUM_LEVELS=num_levels, RESOLUTION=resolution)
+        self.num_levels = num_levels
+        self.resolution = resolution
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.GLOBALKD.INSTANCE_FEATURE
+        return {
+            "weight": node.WEIGHT,
+            "num_levels": node.NUM_LEVELS,
+            "resolution": node.RESOLUTION,
+            "weighted": node.USE_RELIABILITY,
+        }
+
+    def attach(self, levels: Sequence[LevelPair]) -> None:
+        self.adapters = build_adapters(levels[: self.num_levels], kernel_size=1, relu=False)
+
+    def forward(self, context: DistillContext) -> Dict[str, Tensor]:
+        terms = []
+        for pair in context.levels[: self.num_levels]:
+            weight = ground_truth_weight(context, pair.student, self.weighted)
+            with torch.autocast(weight.device.type, enabled=False):
+                student, teacher = ground_truth_grids(context, pair, self.resolution)
+                errors = instance_feature_error(self.adapters[pair.student](student), teacher)
+                terms.append((errors * weight).sum() / max(len(weight), 1))
+        return {"loss_kd_instance_feature": torch.stack(terms).mean()}
+
+
+def check_positive(node: str, **values: int) -> None:
+    """Raise a ValueError that names the key, unless all values are at least 1."""
+    for key, value in values.items():
+        if value < 1:
+            raise ValueError(f"MODEL.GLOBALKD.{node}.{key} is {value}; it must be at least 1.")

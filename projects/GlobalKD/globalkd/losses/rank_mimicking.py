@@ -1,0 +1,146 @@
+"""Rank mimicking and prediction-guided feature imitation, for one-stage detectors.
+
+"Knowledge Distillation for Object Detection via Rank Mimicking and Prediction-guided Feature
+Imitation", Li et al., AAAI 2022.
+
+Shapes: M positive anchors, G annotated objects, N images, H x W cells, A anchors of a cell,
+K classes.
+"""
+
+from typing import Dict, Sequence
+
+import torch
+from detectron2.config import configurable
+from torch import Tensor
+
+from ..features import LevelPair
+from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .feature import build_adapters
+
+
+def grouped_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Log-softmax among the entries of each group.
+
+    Args:
+        scores: (M,) float.
+        group: (M,) int64 in [0, num_groups).
+    """
+    empty = scores.new_zeros(num_groups)
+    largest = empty.scatter_reduce(0, group, scores.detach(), "amax", include_self=False)
+    shifted = scores - largest[group]
+    return shifted - empty.index_add(0, group, shifted.exp())[group].log()
+
+
+def rank_divergence(student: Tensor, teacher: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """KL(teacher || student) of the distribution over each object's anchors, row by row.
+
+    Args:
+        student, teacher: (M,) scores.
+        group: (M,) the object of each row.
+
+    Returns:
+        (M,), whose sum over an object's rows is its divergence.
+    """
+    target = grouped_log_softmax(teacher, group, num_groups)
+    return target.exp() * (target - grouped_log_softmax(student, group, num_groups))
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class RankMimicking(DistillLoss):
+    """`loss_kd_rank`: the student is to rank an object's positive anchors as the teacher does.
+
+    Softmax over the scores that an object's anchors have for its class, KL divergence from the
+    teacher's, mean over the objects that have an anchor.
+
+    Default: the authors' weight 4 for RetinaNet.
+    """
+
+    needs_responses = True
+    one_stage_only = True
+
+    @configurable
+    def __init__(self, *, weight: float = 4.0, weighted: bool = False):
+        """
+        Args:
+            weight: weight of the term.
+            weighted: multiply each row by its reliability.
+        """
+        super().__init__({"loss_kd_rank": weight}, weighted=weighted)
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.GLOBALKD.RANK_MIMICKING
+        return {"weight": node.WEIGHT, "weighted": node.USE_RELIABILITY}
+
+    def forward(self, context: DistillContext) -> Dict[str, Tensor]:
+        responses, objects = context.responses, context.ground_truth
+        own = responses.labels[:, None]
+        student, teacher = (
+            x.float().gather(1, own).squeeze(1).sigmoid()
+            for x in (responses.student, responses.teacher)
+        )
+        group = context.positives.matched_rows(objects)
+        rows = rank_divergence(student, teacher, group, len(objects))
+        if self.weighted:
+            rows = rows * responses.reliability
+        ranked = (torch.bincount(group, minlength=len(objects)) > 0).sum()
+        return {"loss_kd_rank": rows.sum() / ranked.clamp_min(1)}
+
+
+def prediction_guided_loss(
+    student: Tensor, teacher: Tensor, student_logits: Tensor, teacher_logits: Tensor
+) -> Tensor:
+    """Squared difference of features times that of predictions, mean over cells.
+
+    Args:
+        student, teacher: (N, D, H, W) maps.
+        student_logits, teacher_logits: (N, H, W, A, K).
+
+    Returns:
+        Scalar. Gradient through both factors, as the equation stands.
+    """
+    features = (student.float() - teacher.float()).square().mean(dim=1)
+    predictions = (student_logits.float() - teacher_logits.float()).square().mean(dim=(3, 4))
+    return (features * predictions).mean()
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class PredictionGuidedImitation(DistillLoss):
+    """`loss_kd_pfi`: imitate features where predictions differ; f a 1x1 convolution a level.
+
+    Mean over cells and levels. Default: the authors' weight 1.5 for RetinaNet.
+
+    Note: predictions are compared as logits. As probabilities, most of which are near 0, their
+    mean squared difference would make the term vanish at that weight.
+    """
+
+    needs_dense = True
+    one_stage_only = True
+
+    @configurable
+    def __init__(self, *, weight: float = 1.5):
+        """
+        Args:
+            weight: weight of the term.
+        """
+        super().__init__({"loss_kd_pfi": weight})
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {"weight": cfg.MODEL.GLOBALKD.PFI.WEIGHT}
+
+    def attach(self, levels: Sequence[LevelPair]) -> None:
+        self.adapters = build_adapters(levels, kernel_size=1, relu=False)
+
+    def forward(self, context: DistillContext) -> Dict[str, Tensor]:
+        ours, theirs = context.student_dense, context.teacher_dense
+        terms = [
+            prediction_guided_loss(
+                self.adapters[pair.student](context.student_maps[pair.student]),
+                context.teacher_maps[pair.student],
+                ours.logits[pair.student],
+                theirs.logits[pair.student],
+            )
+            for pair in context.levels
+        ]
+        return {"loss_kd_pfi": torch.stack(terms).mean()}

@@ -1,0 +1,156 @@
+"""Relations between instances: their distances and the angles that they span.
+
+"Relational Knowledge Distillation", Park et al., CVPR 2019.
+
+Shapes: R instances, D channels.
+"""
+
+from typing import Dict
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import Tensor
+
+from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .global_knowledge import GlobalKnowledge
+
+
+def pairwise_distances(features: Tensor) -> Tensor:
+    """|f_i - f_j| of all pairs: (R, D) float -> (R, R). Gradient 0 where the distance is 0."""
+    return torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def mean_positive(distances: Tensor) -> Tensor:
+    """Mean of the positive entries, clamped away from 0: (R, R) -> scalar."""
+    return (distances.sum() / (distances > 0).sum().clamp_min(1)).clamp_min(1e-6)
+
+
+def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """RKD-D: distances in units of their mean, compared by the Huber loss.
+
+    Args:
+        student: (R, D_s) float32, with gradient.
+        teacher: (R, D_t) float32.
+
+    Returns:
+        Scalar, mean over all R^2 pairs; 0 with fewer than two instances.
+    """
+    ours, theirs = pairwise_distances(student), pairwise_distances(teacher)
+    ours, theirs = ours / mean_positive(ours), theirs / mean_positive(theirs)
+    return F.smooth_l1_loss(ours, theirs, reduction="sum") / max(ours.numel(), 1)
+
+
+def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """RKD-A: cosines of the angles at each instance, by the Huber loss.
+
+    Args:
+        student: (R, D_s) float32, with gradient.
+        teacher: (R, D_t) float32.
+
+    Returns:
+        Scalar, mean over all R^3 triples; 0 with fewer than three instances.
+    """
+    ours, theirs = angle_cosines(student), angle_cosines(teacher)
+    return F.smooth_l1_loss(ours, theirs, reduction="sum") / max(ours.numel(), 1)
+
+
+def angle_cosines(features: Tensor) -> Tensor:
+    """[j, i, k]: cosine of the angle at j between the directions to i and to k.
+
+    Args:
+        features: (R, D).
+
+    Returns:
+        (R, R, R); 0 where i or k is at the place of j.
+    """
+    distances = pairwise_distances(features)
+    apart = distances > 1e-4 * mean_positive(distances)
+    # No direction between instances that coincide: its gradient would be without bound.
+    inverse = torch.where(apart, distances, torch.inf).reciprocal()
+    directions = (features[None] - features[:, None]) * inverse[..., None]
+    return directions @ directions.mT
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class RKD(DistillLoss):
+    """`loss_kd_rkd_distance` and `loss_kd_rkd_angle`, or `loss_kd_rkd_prototypes`.
+
+    Relations of all pairs and triples of the batch's instances, on raw pooled features of each
+    level (no adapter: relations have no channels); mean over levels.
+
+    Defaults: the authors' 25 and 50 for classification. GlobalKD's code has 5 and 10, summed over
+    five levels, which is the same as a mean.
+
+    "+ prototypes" (Table 4) puts an instance's projections on the prototypes in the place of its
+    relations to other instances: the term is that of `GlobalKnowledge`, unweighted.
+
+    Note: angles cost R^3, so that of more than `max_instances` an evenly spaced subset takes part.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        relations: str = "instances",
+        prototype_weight: float = 5.0,
+        max_instances: int = 128,
+    ):
+        """
+        Args:
+            distance_weight: weight of RKD-D.
+            angle_weight: weight of RKD-A.
+            relations: "instances", or "prototypes".
+            prototype_weight: weight of the term with relations to prototypes.
+            max_instances: at most so many instances of a batch are related.
+        """
+        if relations not in ("instances", "prototypes"):
+            raise ValueError(
+                f"MODEL.GLOBALKD.RKD.RELATIONS is {relations!r}; it must be 'instances' or "
+                "'prototypes'."
+            )
+        if max_instances < 3:
+            raise ValueError(
+                f"MODEL.GLOBALKD.RKD.MAX_INSTANCES is {max_instances}; it must be at least 3, the "
+                "corners of an angle."
+            )
+        weights = {"loss_kd_rkd_distance": distance_weight, "loss_kd_rkd_angle": angle_weight}
+        if relations == "prototypes":
+            weights = {"loss_kd_rkd_prototypes": prototype_weight}
+        super().__init__({k: w for k, w in weights.items() if w})
+        self.needs_prototypes = relations == "prototypes"
+        self.projections = GlobalKnowledge(scope="all", penalty="smooth_l1", weighted=False)
+        self.max_instances = max_instances
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.GLOBALKD.RKD
+        return {
+            "distance_weight": node.DISTANCE_WEIGHT,
+            "angle_weight": node.ANGLE_WEIGHT,
+            "relations": node.RELATIONS,
+            "prototype_weight": node.PROTOTYPE_WEIGHT,
+            "max_instances": node.MAX_INSTANCES,
+        }
+
+    def forward(self, context: DistillContext) -> Dict[str, Tensor]:
+        if self.needs_prototypes:
+            return {"loss_kd_rkd_prototypes": self.projections(context)["loss_kd_global"]}
+        totals = {name: [] for name in self.weights}
+        measures = {"loss_kd_rkd_distance": distance_loss, "loss_kd_rkd_angle": angle_loss}
+        for pair in context.levels:
+            student = self._subset(context.student_instance_features[pair.student])
+            teacher = self._subset(context.teacher_instance_features[pair.student])
+            with torch.autocast(student.device.type, enabled=False):
+                for name, terms in totals.items():
+                    terms.append(measures[name](student, teacher))
+        return {name: torch.stack(terms).mean() for name, terms in totals.items()}
+
+    def _subset(self, features: Tensor) -> Tensor:
+        count = len(features)
+        if count <= self.max_instances:
+            return features
+        rows = torch.linspace(0, count - 1, self.max_instances, device=features.device).long()
+        return features[rows]

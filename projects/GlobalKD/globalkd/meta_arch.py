@@ -1,0 +1,208 @@
+"""The distilling meta-architectures: stock Detectron2 detectors plus a distiller.
+
+Nothing of a parent's `forward` is copied: while it runs, hooks record what the distiller needs.
+In evaluation, and without a distiller, they are the stock detectors.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict, List, Optional, Tuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
+from detectron2.modeling.poolers import assign_boxes_to_levels
+from detectron2.structures import Boxes
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .dense_head import DenseOutputs, find_dense_head
+from .distiller import Distiller
+from .features import record_outputs
+from .losses import Candidates, DistillContext, Positives, StudentOutputs
+
+_HIDDEN = "distiller."
+
+
+@dataclass
+class ProposalCandidates(Candidates):
+    """The student's sampled proposals.
+
+    Attributes:
+        boxes: (B, 4) XYXY_ABS in input pixels.
+        image_index: (B,) int64, ascending.
+    """
+
+    boxes: Tensor
+    image_index: Tensor
+    one_stage: ClassVar[bool] = False
+
+    def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
+        boxes, image = self.boxes, self.image_index
+        if rows is not None:
+            boxes, image = boxes[rows], image[rows]
+        sizes = context.image_sizes
+        counts = torch.bincount(image, minlength=len(sizes)).tolist()
+        boxes = list(boxes.split(counts))
+        return context.teacher.box_logits(context.teacher_features, boxes, sizes)
+
+
+@dataclass
+class AnchorCandidates(Candidates):
+    """All anchors of all images, image by image."""
+
+    one_stage: ClassVar[bool] = True
+
+    def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
+        logits = context.teacher_dense.flat_logits.flatten(0, 1)
+        return logits if rows is None else logits[rows]
+
+
+class DistillMixin:
+    """Adds a distiller to a meta-architecture; the class it is mixed into comes after it.
+
+    The distiller's parameters are the model's (optimizer and DDP see them), but `state_dict()`
+    shows the stock detector alone, and loading does not ask for more.
+    """
+
+    @configurable
+    def __init__(self, *, distiller: Distiller = None, **kwargs):
+        """
+        Args:
+            distiller: None for the stock detector.
+            kwargs: the parent's arguments.
+        """
+        super().__init__(**kwargs)
+        self.distiller = distiller
+        self._recorded = None  # outputs of the step that is running
+        if distiller is not None:
+            self._attach(distiller)
+            self._register_state_dict_hook(_hide_distiller)
+            self.register_load_state_dict_post_hook(_forgive_distiller)
+
+    @classmethod
+    def from_config(cls, cfg):
+        kwargs = super().from_config(cfg)
+        kwargs["distiller"] = Distiller(cfg) if cfg.MODEL.GLOBALKD.ENABLED else None
+        return kwargs
+
+    def forward(self, batched_inputs: List[dict]):
+        """The parent's `forward`; in training, with the distillation terms among the losses."""
+        if not self.training or self.distiller is None:
+            return super().forward(batched_inputs)
+        iteration = get_event_storage().iter
+        self.distiller.prepare(self, iteration)
+        if self.distiller.factor(iteration) == 0:
+            return {**super().forward(batched_inputs), **self.distiller.zero_terms()}
+        with record_outputs(self._recorded_modules()) as recorded:
+            self._recorded = recorded
+            losses = super().forward(batched_inputs)
+            self._recorded = None
+        losses.update(self.distiller(batched_inputs, self._outputs(recorded), losses))
+        return losses
+
+    def _recorded_modules(self) -> Dict[str, nn.Module]:
+        modules = {"backbone": self.backbone}
+        dense = find_dense_head(self)
+        if dense is not None:
+            modules.update(dense_head=dense.module, anchors=dense.anchor_generator)
+        return modules
+
+    def _outputs(self, recorded: Dict[str, Any]) -> StudentOutputs:
+        candidates, positives = self._scored(recorded)
+        dense = find_dense_head(self)
+        if dense is not None:
+            dense = DenseOutputs.collect(dense, recorded["anchors"], *recorded["dense_head"])
+        return StudentOutputs(recorded["backbone"], candidates, positives, dense)
+
+
+def _hide_distiller(_module, state_dict, prefix, _metadata):
+    for key in [key for key in state_dict if key.startswith(prefix + _HIDDEN)]:
+        del state_dict[key]
+
+
+def _forgive_distiller(_module, incompatible):
+    kept = [key for key in incompatible.missing_keys if not key.startswith(_HIDDEN)]
+    incompatible.missing_keys[:] = kept
+
+
+@META_ARCH_REGISTRY.register()
+class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
+    """A two-stage student: `GeneralizedRCNN` with any box heads of Detectron2."""
+
+    def _attach(self, distiller: Distiller) -> None:
+        distiller.attach(self, num_classes=self.roi_heads.num_classes)
+
+    def _recorded_modules(self) -> Dict[str, nn.Module]:
+        predictor = self.roi_heads.box_predictor
+        if isinstance(predictor, nn.ModuleList):  # a cascade: its first stage sees the proposals
+            predictor = predictor[0]
+        modules = super()._recorded_modules()
+        return {**modules, "roi_heads": self.roi_heads, "box_predictor": predictor}
+
+    def _scored(self, recorded: Dict[str, Any]) -> Tuple[ProposalCandidates, Positives]:
+        proposals, _ = recorded["roi_heads"]
+        logits = recorded["box_predictor"][0]
+        boxes = [x.proposal_boxes.tensor for x in proposals]
+        # An image without annotations has no field gt_boxes, and no foreground that would need it.
+        gt_boxes = [x.get("gt_boxes" if x.has("gt_boxes") else "proposal_boxes") for x in proposals]
+        classes = torch.cat([x.gt_classes for x in proposals])
+        image_index = torch.cat([torch.full_like(x.gt_classes, i) for i, x in enumerate(proposals)])
+        foreground = (classes >= 0) & (classes < self.roi_heads.num_classes)
+        rows = foreground.nonzero().squeeze(1)
+        boxes = torch.cat(boxes)
+        positives = Positives(
+            boxes=boxes[rows],
+            image_index=image_index[rows],
+            classes=classes[rows],
+            gt_boxes=Boxes.cat(gt_boxes).tensor[rows],
+            strides=self._strides(boxes[rows]),
+            rows=rows,
+        )
+        return ProposalCandidates(logits, classes, boxes, image_index), positives
+
+    def _strides(self, boxes: Tensor) -> Tensor:
+        """(M,) stride of the level from which the box head pools each box."""
+        heads = self.roi_heads
+        pooler = heads.box_pooler if hasattr(heads, "box_pooler") else heads.pooler
+        level = assign_boxes_to_levels(
+            [Boxes(boxes)],
+            pooler.min_level,
+            pooler.max_level,
+            pooler.canonical_box_size,
+            pooler.canonical_level,
+        )
+        return 2.0 ** (level + pooler.min_level)
+
+
+@META_ARCH_REGISTRY.register()
+class DistillRetinaNet(DistillMixin, RetinaNet):
+    """A one-stage student: RetinaNet."""
+
+    def _attach(self, distiller: Distiller) -> None:
+        distiller.attach(self, num_classes=self.num_classes)
+
+    def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+        """The parent's losses; what they are computed from is recorded for the distiller."""
+        if self._recorded is not None:
+            self._recorded["losses"] = (anchors, pred_logits, gt_labels, gt_boxes)
+        return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+
+    def _scored(self, recorded: Dict[str, Any]) -> Tuple[AnchorCandidates, Positives]:
+        anchors, pred_logits, gt_labels, gt_boxes = recorded["losses"]
+        num_anchors = len(gt_labels[0])
+        labels = torch.cat(gt_labels)
+        rows = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
+        anchor = rows % num_anchors
+        level_strides = [
+            labels.new_full((len(a),), stride)
+            for a, stride in zip(anchors, self.anchor_generator.strides)
+        ]
+        positives = Positives(
+            boxes=Boxes.cat(anchors).tensor[anchor],
+            image_index=rows // num_anchors,
+            classes=labels[rows],
+            gt_boxes=torch.cat(gt_boxes)[rows],
+            strides=torch.cat(level_strides)[anchor].float(),
+            rows=rows,
+        )
+        return AnchorCandidates(torch.cat(pred_logits, dim=1).flatten(0, 1), labels), positives

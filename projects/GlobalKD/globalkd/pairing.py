@@ -1,0 +1,146 @@
+"""Whether two detectors can be compared, and what the student may take over from the teacher.
+
+Matched feature levels are in `features.py`; here are the heads.
+"""
+
+import logging
+from typing import List, Mapping, Sequence
+
+import torch
+from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
+from torch import nn
+
+from .dense_head import find_dense_head
+from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+def check_pair(
+    student: nn.Module,
+    teacher: Teacher,
+    losses: Mapping[str, nn.Module],
+    *,
+    levels: Sequence[str],
+    num_classes: int,
+) -> None:
+    """Check that a pair of detectors offers what the losses read.
+
+    Args:
+        losses: name -> loss.
+        levels: the student's names of the levels that are distilled.
+        num_classes: the student's.
+
+    Raises:
+        ValueError: it does not; the message names the losses that ask for it.
+    """
+
+    def asking(demand: str) -> List[str]:
+        return [name for name, loss in losses.items() if getattr(loss, demand)]
+
+    if asking("one_stage_only") and _head_kind(student) != "dense":
+        raise ValueError(
+            f"{asking('one_stage_only')} are defined for one-stage detectors, but the student "
+            f"({type(student).__name__}) has {_head_kind(student)} heads. Take them out of "
+            "MODEL.GLOBALKD.LOSSES, or distil a RetinaNet."
+        )
+    if asking("needs_responses"):
+        check_comparable(student, teacher, asking("needs_responses"), num_classes=num_classes)
+    if asking("needs_dense"):
+        _check_dense_heads(student, teacher, asking("needs_dense"))
+    if asking("needs_anchors") or asking("needs_dense"):
+        _check_anchored(student, levels, asking("needs_anchors") + asking("needs_dense"))
+
+
+def check_comparable(
+    student: nn.Module, teacher: Teacher, losses: Sequence[str], *, num_classes: int
+) -> None:
+    """Check that class predictions of teacher and student mean the same, row by row.
+
+    Args:
+        losses: the losses that compare class predictions, for the message.
+        num_classes: the student's.
+
+    Raises:
+        ValueError: other number of classes, heads of another kind, or other anchors.
+    """
+    if teacher.num_classes != num_classes:
+        raise ValueError(
+            f"{losses} compare class predictions, but the teacher has {teacher.num_classes} "
+            f"classes and the student {num_classes}."
+        )
+    if _head_kind(student) != _head_kind(teacher.model) or _head_kind(student) == "unknown":
+        raise ValueError(
+            f"{losses} compare class predictions of heads of one kind, but the student "
+            f"({type(student).__name__}) has {_head_kind(student)} heads and the teacher "
+            f"({type(teacher.model).__name__}) {_head_kind(teacher.model)} ones. Take them out of "
+            "MODEL.GLOBALKD.LOSSES."
+        )
+    if _head_kind(student) == "dense":
+        _check_dense_heads(student, teacher, losses)
+
+
+def _head_kind(model: nn.Module) -> str:
+    heads = getattr(model, "roi_heads", None)
+    if isinstance(heads, (StandardROIHeads, Res5ROIHeads)):  # a cascade is a StandardROIHeads
+        return "box"
+    if heads is None and hasattr(model, "_transpose_dense_predictions"):
+        return "dense"
+    return "unknown"
+
+
+def _check_dense_heads(student: nn.Module, teacher: Teacher, losses: Sequence[str]) -> None:
+    """What is compared anchor by anchor needs dense heads of one kind with the same anchors."""
+    ours, theirs = find_dense_head(student), find_dense_head(teacher.model)
+    if ours is None or theirs is None or type(ours.module) is not type(theirs.module):
+        kinds = [type(x.module).__name__ if x else "none" for x in (ours, theirs)]
+        raise ValueError(
+            f"{losses} compare dense predictions, of RetinaNet's head or of the RPN, but the "
+            f"student's dense head is {kinds[0]} and the teacher's {kinds[1]}. Take them out of "
+            "MODEL.GLOBALKD.LOSSES."
+        )
+    ours, theirs = ours.anchor_generator, theirs.anchor_generator
+    same = ours.strides == theirs.strides and all(
+        a.shape == b.shape and torch.allclose(a.cpu(), b.cpu())
+        for a, b in zip(ours.cell_anchors, theirs.cell_anchors)
+    )
+    if not same:
+        raise ValueError(
+            f"{losses} compare anchor by anchor, but teacher and student have different anchors "
+            f"(strides {theirs.strides} and {ours.strides}, or MODEL.ANCHOR_GENERATOR sizes and "
+            "ratios). Give both the same, or take the losses out of MODEL.GLOBALKD.LOSSES."
+        )
+
+
+def _check_anchored(student: nn.Module, levels: Sequence[str], losses: Sequence[str]) -> None:
+    head = find_dense_head(student)
+    anchored = list(head.in_features) if head else []
+    missing = [name for name in levels if name not in anchored]
+    if missing:
+        raise ValueError(
+            f"{losses} need anchors on every level, but the student ({type(student).__name__}) has "
+            f"none on {missing}, only on {anchored}. Set MODEL.GLOBALKD.IN_FEATURES to those, or "
+            "take the losses out of MODEL.GLOBALKD.LOSSES."
+        )
+
+
+@torch.no_grad()
+def inherit_heads(student: nn.Module, teacher: nn.Module) -> List[str]:
+    """Copy the teacher's weights outside the backbone's bottom-up part where name and shape agree.
+
+    Returns:
+        The names of the student's entries that were filled.
+    """
+    source, target = teacher.state_dict(), student.state_dict()
+    names = [
+        name
+        for name, value in target.items()
+        if not name.startswith("backbone.bottom_up.")
+        and name not in ("pixel_mean", "pixel_std")
+        and name in source
+        and source[name].shape == value.shape
+    ]
+    for name in names:
+        target[name].copy_(source[name])
+    logger.info(f"The student inherits {len(names)} of the teacher's entries (FPN and heads).")
+    return names

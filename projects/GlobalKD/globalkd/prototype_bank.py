@@ -1,0 +1,236 @@
+"""The prototypes of all classes and levels, and what a training step asks of them (Sec. 3.2).
+
+`PrototypeBank` holds aligned prototypes of both spaces and answers two questions about pooled
+instance features: their coefficients on the prototypes, and how reliable each instance is (Eq. 8).
+Not here: one level's buffers and projections (`projection`), how prototypes are chosen
+(`prototype_generation`), the file format (`prototype_file`) and the losses.
+
+Shapes: R instances, K classes, P prototypes a class, D_t and D_s channels.
+"""
+
+import math
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from . import prototype_file
+from .projection import LevelPrototypes
+from .structures import PrototypeSet
+
+
+class PrototypeBank(nn.Module):
+    """Prototypes in both spaces, with the projections and reliability weights built on them.
+
+    Attributes:
+        is_ready: Python bool, whether any prototype is there. It follows `update`, `load`,
+            `broadcast` and `load_state_dict`; reading it costs no device synchronisation.
+    """
+
+    def __init__(
+        self,
+        *,
+        levels: Sequence[str],
+        num_classes: int,
+        num_prototypes: int,
+        teacher_channels: Dict[str, int],
+        student_channels: Dict[str, int],
+        projection: str,
+        projection_lambda: float,
+        reliability: str,
+        normalize: bool,
+    ):
+        """
+        Args:
+            levels: names of the feature levels.
+            num_classes: K.
+            num_prototypes: P.
+            teacher_channels: level -> D_t.
+            student_channels: level -> D_s.
+            projection: "pursuit" (Eq. 5 on residuals, the spaces coupled) or "cosine" (cosine with
+                each prototype, each space on its own).
+            projection_lambda: lambda of "pursuit", >= 0.
+            reliability: "coefficients", "max_cosine" or "none"; see `reliability`.
+            normalize: "pursuit" works on features and prototypes of unit length. Cosines always do.
+
+        Raises:
+            ValueError: a setting that is not among these.
+        """
+        super().__init__()
+        _check("PROJECTION.TYPE", projection, projection in _PROJECTIONS, list(_PROJECTIONS))
+        _check("RELIABILITY.TYPE", reliability, reliability in _RELIABILITY, list(_RELIABILITY))
+        _check("PROTOTYPES.NUM", num_prototypes, num_prototypes >= 1, "1 or more")
+        lam = projection_lambda
+        used = (projection, _RELIABILITY[reliability].projection)
+        _check("PROJECTION.LAMBDA", lam, lam >= 0 and math.isfinite(lam), "finite and 0 or more")
+        self.num_classes = num_classes
+        self.num_prototypes = num_prototypes
+        self.projection = projection
+        self.projection_lambda = lam
+        self.reliability_type = reliability
+        self.levels = nn.ModuleDict()
+        for name in levels:
+            self.levels[name] = LevelPrototypes(
+                (num_classes, num_prototypes),
+                (teacher_channels[name], student_channels[name]),
+                lam=lam if "pursuit" in used else None,
+                normalize=normalize,
+            )
+        self.register_load_state_dict_post_hook(_prepare_after_loading)
+        self._prepare()
+
+    @torch.no_grad()
+    def update(self, prototypes: PrototypeSet) -> None:
+        """Replace all prototypes. The buffers keep their device and dtype."""
+        for name, level in self.levels.items():
+            for buffer, new in (
+                (level.teacher_prototypes, prototypes.teacher[name]),
+                (level.student_prototypes, prototypes.student[name]),
+                (level.valid, prototypes.valid[name]),
+            ):
+                assert buffer.shape == new.shape, (name, buffer.shape, new.shape)
+                buffer.copy_(new)
+        self._prepare()
+
+    def valid(self, level: str) -> Tensor:
+        """(K, P) bool, which slots hold a prototype."""
+        return self.levels[level].valid
+
+    def project(self, level: str, teacher: Tensor, student: Tensor) -> Tuple[Tensor, Tensor]:
+        """Coefficients of instances on the prototypes of every class (Sec. 3.2).
+
+        Args:
+            level: name of the feature level.
+            teacher: (R, D_t) pooled raw features.
+            student: (R, D_s), likewise.
+
+        Returns:
+            (w_t, w_s), each (R, K, P) float32, also under autocast; 0 in slots without a prototype.
+            w_t carries no gradient; w_s carries it to `student` alone.
+        """
+        return self._coefficients(self.projection, level, teacher, student)
+
+    def own_class(self, coefficients: Tensor, classes: Tensor) -> Tensor:
+        """The coefficients on the instance's own class: (R, K, P), (R,) -> (R, P)."""
+        index = classes.view(-1, 1, 1).expand(-1, 1, coefficients.shape[2])
+        return coefficients.gather(1, index).squeeze(1)
+
+    @torch.no_grad()
+    def reliability(self, level: str, teacher: Tensor, student: Tensor, classes: Tensor) -> Tensor:
+        """The weight omega of each instance, Eq. (8).
+
+        "coefficients": exp(-(1 + 2 lambda) |w_t - w_s|) with the pursuit's coefficients on the
+        prototypes of the instance's class, whatever `projection` is; for unit vectors Eq. (5)
+        shrinks that difference by 1 + 2 lambda. "max_cosine": 1 - |max_k cos(f_s, p_s,k) -
+        max_k cos(f_t, p_t,k)| over those prototypes k. "none": 1.
+
+        Args:
+            level: name of the feature level.
+            teacher: (R, D_t) pooled raw features.
+            student: (R, D_s), likewise.
+            classes: (R,) class ids in [0, K).
+
+        Returns:
+            (R,) float32 in [0, 1], detached; 1 where the class has no prototype.
+        """
+        measure = _RELIABILITY[self.reliability_type]
+        if measure.projection is None:
+            return torch.ones(len(student), device=student.device)
+        w_t, w_s = (
+            self.own_class(x, classes)
+            for x in self._coefficients(measure.projection, level, teacher, student)
+        )
+        return measure.weight(w_t, w_s, self.valid(level)[classes], self.projection_lambda)
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Give every process the prototypes of rank 0; nothing to do in a single process."""
+        if comm.get_world_size() == 1:
+            return
+        for buffer in self.state_dict().values():
+            message = buffer.float()  # not every backend sends bool
+            dist.broadcast(message, src=0)
+            buffer.copy_(message)
+        self._prepare()
+
+    def save(self, path: str, fingerprint: dict, counts: Tensor) -> None:
+        """Write the prototypes to a safetensors file.
+
+        Args:
+            path: the file; its folder is made if need be.
+            fingerprint: what they were made with, for `load` to compare; JSON values.
+            counts: (K,) the instances of each class that took part.
+        """
+        tensors = {name: x.cpu().contiguous() for name, x in self.state_dict().items()}
+        prototype_file.write(path, tensors, fingerprint=fingerprint, counts=counts.tolist())
+
+    def load(self, path: str, expect: Optional[dict] = None) -> dict:
+        """Read prototypes that `save` wrote. On an error the bank stays as it was.
+
+        Args:
+            path: the file.
+            expect: the fingerprint that the file must carry; None accepts any.
+
+        Returns:
+            {"fingerprint": dict, "counts": list of K ints}, as in the file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not an intact prototype file, or of another model or fingerprint.
+        """
+        tensors, about = prototype_file.read(path)
+        prototype_file.check_tensors(path, tensors, self.state_dict())
+        if expect is not None:
+            prototype_file.check_fingerprint(path, about["fingerprint"], expect)
+        self.load_state_dict(tensors)
+        return about
+
+    def _coefficients(
+        self, projection: str, level: str, teacher: Tensor, student: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        project = _PROJECTIONS[projection]
+        with torch.autocast(student.device.type, enabled=False):
+            w_t, w_s = project(self.levels[level], teacher.detach().float(), student.float())
+        shape = len(student), self.num_classes, self.num_prototypes
+        return w_t.view(shape), w_s.view(shape)
+
+    def _prepare(self) -> None:
+        for level in self.levels.values():
+            level.prepare()
+        self.is_ready = any(bool(level.valid.any()) for level in self.levels.values())
+
+
+def _prepare_after_loading(bank: PrototypeBank, _incompatible: List) -> None:
+    bank._prepare()
+
+
+def _max_cosine(w_t: Tensor, w_s: Tensor, valid: Tensor, _lam: float) -> Tensor:
+    # -1, the least cosine, in empty slots: a class without prototypes has difference 0.
+    t, s = (w.masked_fill(~valid, -1).amax(dim=1) for w in (w_t, w_s))
+    return (1 - (s - t).abs()).clamp(0, 1)
+
+
+def _coefficient_distance(w_t: Tensor, w_s: Tensor, _valid: Tensor, lam: float) -> Tensor:
+    return torch.exp(-(1 + 2 * lam) * torch.linalg.vector_norm(w_t - w_s, dim=1))
+
+
+class _Reliability(NamedTuple):
+    """The projection that a weight is computed from, and how: own-class (R, P) pairs -> (R,)."""
+
+    projection: Optional[str]
+    weight: Optional[Callable[[Tensor, Tensor, Tensor, float], Tensor]]
+
+
+_PROJECTIONS = {"pursuit": LevelPrototypes.by_pursuit, "cosine": LevelPrototypes.by_cosine}
+_RELIABILITY = {
+    "coefficients": _Reliability("pursuit", _coefficient_distance),
+    "max_cosine": _Reliability("cosine", _max_cosine),
+    "none": _Reliability(None, None),
+}
+
+
+def _check(key: str, value, right: bool, allowed) -> None:
+    if not right:
+        raise ValueError(f"MODEL.GLOBALKD.{key} is {value!r}; it must be {allowed}.")

@@ -1,0 +1,235 @@
+"""The teacher: any Detectron2 detector, frozen, and hidden from the student's module tree.
+
+Here: building it from a config, the load gate, its features and its class predictions for boxes
+and anchors that the student chose. Not here: what is learned from them.
+"""
+
+import logging
+import os
+from typing import Callable, Dict, List, Sequence
+
+import torch
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from .config import add_globalkd_config
+from .dense_head import DenseOutputs, find_dense_head
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A frozen detector in evaluation mode.
+
+    A plain object, not a module: as an attribute of the student it adds nothing to parameters,
+    `state_dict()`, DDP or the optimizer. Its owner forwards `_apply` to `apply_` so that `.to()`
+    and `.cuda()` reach it.
+    """
+
+    def __init__(self, model: nn.Module, *, input_format: str, class_names: Sequence[str] = ()):
+        """
+        Args:
+            model: a detector with a `backbone` and `preprocess_image`.
+            input_format: channel order that it was trained with, such as "BGR".
+            class_names: names of its classes in order; empty where they are not known.
+        """
+        self.model = model.eval().requires_grad_(False)
+        self.input_format = input_format
+        self.class_names = list(class_names)
+
+    @property
+    def output_shape(self):
+        return self.model.backbone.output_shape()
+
+    @property
+    def num_classes(self) -> int:
+        heads = getattr(self.model, "roi_heads", self.model)
+        return heads.num_classes
+
+    def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply a tensor function (a move of device or dtype) to all parameters and buffers."""
+        self.model._apply(fn)
+
+    @torch.no_grad()
+    def features(self, batched_inputs: List[dict], input_format: str) -> Dict[str, Tensor]:
+        """One backbone pass over a batch in the student's input format; level name -> map."""
+        if input_format != self.input_format:
+            batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+        images = self.model.preprocess_image(batched_inputs)
+        return self.model.backbone(images.tensor)
+
+    @torch.no_grad()
+    def box_logits(
+        self, features: Dict[str, Tensor], boxes: List[Tensor], image_sizes: List[tuple]
+    ) -> Tensor:
+        """Class logits of the box head for given boxes.
+
+        Args:
+            features: this teacher's feature maps.
+            boxes: per-image (R_i, 4) XYXY_ABS boxes.
+            image_sizes: per-image (height, width).
+
+        Returns:
+            (R, K + 1), background last. A cascade gives the logarithm of the mean probability of
+            its stages, whose softmax is what it predicts.
+        """
+        proposals = [
+            Instances(size, proposal_boxes=Boxes(b)) for size, b in zip(image_sizes, boxes)
+        ]
+        with EventStorage():  # heads may log; not among the student's scalars
+            return _box_logits(self.model.roi_heads, features, proposals)
+
+    @torch.no_grad()
+    def dense_outputs(self, features: Dict[str, Tensor]) -> DenseOutputs:
+        """What the dense head (RetinaNet's, or the RPN) says of all anchors on this teacher's maps.
+
+        The levels have the teacher's names.
+        """
+        head = find_dense_head(self.model)
+        maps = [features[f] for f in head.in_features]
+        with EventStorage():
+            logits, deltas = head.module(maps)
+        return DenseOutputs.collect(head, head.anchor_generator(maps), logits, deltas)
+
+
+def _box_logits(heads: nn.Module, features: Dict[str, Tensor], proposals: List[Instances]):
+    boxes = [p.proposal_boxes for p in proposals]
+    if isinstance(heads, CascadeROIHeads):
+        return _cascade_logits(heads, features, proposals)
+    if isinstance(heads, Res5ROIHeads):
+        pooled = heads._shared_roi_transform([features[f] for f in heads.in_features], boxes)
+        return heads.box_predictor(pooled.mean(dim=[2, 3]))[0]
+    pooled = heads.box_pooler([features[f] for f in heads.box_in_features], boxes)
+    return heads.box_predictor(heads.box_head(pooled))[0]
+
+
+def _cascade_logits(heads: CascadeROIHeads, features: Dict[str, Tensor], proposals):
+    maps = [features[f] for f in heads.box_in_features]
+    sizes = [p.image_size for p in proposals]
+    probabilities = []
+    for stage in range(heads.num_cascade_stages):
+        predictions = heads._run_stage(maps, proposals, stage)
+        probabilities.append(predictions[0].float().softmax(dim=-1))
+        boxes = heads.box_predictor[stage].predict_boxes(predictions, proposals)
+        proposals = heads._create_proposals_from_boxes(boxes, sizes)
+    return torch.stack(probabilities).mean(dim=0).clamp_min(1e-12).log()
+
+
+def build_teacher(
+    config_file: str,
+    weights: str = "",
+    opts: Sequence[str] = (),
+    *,
+    allow_random_weights: bool = False,
+    device: str = "",
+) -> Teacher:
+    """Build a teacher from a Detectron2 config and load its weights through the gate.
+
+    Args:
+        config_file: a YAML file, or a model-zoo name.
+        weights: a checkpoint; empty for what the config names (a zoo name: the zoo's checkpoint).
+        opts: overrides, `["KEY", "VALUE", ...]`.
+        allow_random_weights: accept missing or incomplete weights, with a warning; empty `weights`
+            then mean none.
+        device: where to build it; empty for what the config says.
+
+    Raises:
+        FileNotFoundError: the config or the weights are not there.
+        ValueError: the weights do not fill the detector.
+    """
+    cfg = teacher_config(config_file, opts)
+    if device:
+        cfg.MODEL.DEVICE = device
+    if not weights and not allow_random_weights:
+        weights = _default_weights(config_file, cfg)
+    cfg.MODEL.WEIGHTS = weights
+    model = build_model(cfg)
+    load_teacher_weights(model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights)
+    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg))
+
+
+def teacher_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a teacher's config from a file or by its model-zoo name."""
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    path = config_file
+    if not os.path.isfile(path):
+        try:
+            path = model_zoo.get_config_file(config_file)
+        except RuntimeError:
+            raise FileNotFoundError(
+                f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE is {config_file!r}: neither a file (seen from "
+                f"{os.getcwd()}) nor a model-zoo name such as "
+                "'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
+            ) from None
+    cfg.merge_from_file(path)
+    cfg.merge_from_list(list(opts))
+    cfg.MODEL.GLOBALKD.ENABLED = False
+    return cfg
+
+
+def _default_weights(config_file: str, cfg: CfgNode) -> str:
+    if os.path.isfile(config_file):
+        return cfg.MODEL.WEIGHTS
+    return model_zoo.get_checkpoint_url(config_file)
+
+
+def _class_names(cfg: CfgNode) -> List[str]:
+    names = [MetadataCatalog.get(d).get("thing_classes", []) for d in cfg.DATASETS.TRAIN]
+    return list(names[0]) if names else []
+
+
+class _ReportingCheckpointer(DetectionCheckpointer):
+    """Keeps what Detectron2's loader only logs: the keys that did not load."""
+
+    def _load_model(self, checkpoint):
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def load_teacher_weights(model: nn.Module, weights: str, *, allow_random: bool = False) -> None:
+    """Load a checkpoint and refuse it unless every entry of the detector was filled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: entries stayed unfilled; the message names them.
+    """
+    if not weights:
+        _refuse("MODEL.GLOBALKD.TEACHER.WEIGHTS is empty, and its config names none", allow_random)
+        return
+    checkpointer = _ReportingCheckpointer(model)
+    if "://" not in weights and not os.path.isfile(weights):
+        raise FileNotFoundError(
+            f"MODEL.GLOBALKD.TEACHER.WEIGHTS: there is no file {weights!r} (seen from "
+            f"{os.getcwd()}). Train the teacher first, or name a checkpoint."
+        )
+    checkpointer.load(weights)
+    total = len(model.state_dict())
+    wrong_shape = [key for key, *_ in checkpointer.incompatible.incorrect_shapes]
+    missing = sorted(set(checkpointer.incompatible.missing_keys) | set(wrong_shape))
+    # A counter that old checkpoints lack and that evaluation does not read.
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    logger.info(f"Teacher: {total - len(missing)} of {total} entries loaded from {weights}.")
+    if missing:
+        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        _refuse(
+            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) fills {total - len(missing)} of {total} "
+            f"entries of the teacher. Missing, or of another shape: {shown}",
+            allow_random,
+        )
+
+
+def _refuse(problem: str, allow_random: bool) -> None:
+    if not allow_random:
+        raise ValueError(
+            f"{problem}. A teacher with random weights teaches nothing; to try things out all the "
+            "same, set MODEL.GLOBALKD.TEACHER.ALLOW_RANDOM_WEIGHTS True."
+        )
+    logger.warning(f"{problem}. Going on: ALLOW_RANDOM_WEIGHTS is True.")

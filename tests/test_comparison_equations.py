@@ -1,0 +1,281 @@
+"""The comparison losses' equations against plain references, written with loops."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+from toy_step import CLASSES, STRIDES, attach, close, evaluate, mean, toy_bank, toy_step
+
+from globalkd.losses import FGFI, RKD, DeFeat, FitNet, GlobalKnowledge, HintonKD, RankMimicking
+from globalkd.losses.fbkd import NonLocal, attention, attention_mask, root_mean_square
+from globalkd.losses.feature_richness import feature_richness, rich_score_loss
+from globalkd.losses.fgfi import near_object_masks
+from globalkd.losses.gid import anchors_at, general_instances
+from globalkd.losses.rank_mimicking import grouped_log_softmax, prediction_guided_loss
+from globalkd.losses.rkd import angle_loss, distance_loss
+
+both = pytest.mark.parametrize("one_stage", [True, False], ids=["retinanet", "rcnn"])
+
+
+def divergence(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+def row_divergence(student, teacher, temperature, one_stage):
+    if not one_stage:
+        p, q = ((x / temperature).softmax(0).tolist() for x in (teacher, student))
+        return temperature**2 * divergence(p, q)
+    p, q = ((x / temperature).sigmoid().tolist() for x in (teacher, student))
+    return temperature**2 * sum(divergence((a, 1 - a), (b, 1 - b)) for a, b in zip(p, q))
+
+
+@both
+@pytest.mark.parametrize("rows", ["positives", "all"])
+def test_hinton(rows, one_stage):
+    context = toy_step(one_stage=one_stage, bank=toy_bank())
+    x = context.candidates
+    weight = dict(zip(context.positives.rows.tolist(), context.responses.reliability.tolist()))
+    kept = [i for i, label in enumerate(x.labels) if label >= 0]
+    kept = [i for i in kept if rows == "all" or i in weight]
+    terms = [
+        row_divergence(x.logits[i].detach(), x.teacher[i], 3.0, one_stage) * weight.get(i, 1.0)
+        for i in kept
+    ]
+    count = len(weight) if one_stage else len(kept)
+    loss = attach(HintonKD(temperature=3.0, rows=rows, weighted=True), context)
+    close(evaluate(loss, context)["loss_kd_hinton"], sum(terms) / count)
+
+
+def relations(x, y, order):
+    """Mean Huber distance of the relations of all pairs (order 2) or triples (order 3)."""
+
+    def distances(z):
+        d = [[float((a - b).norm()) for b in z] for a in z]
+        positive = [v for row in d for v in row if v > 0]
+        return [[v / mean(positive) for v in row] for row in d]
+
+    def cosine(z, i, j, k):
+        a, b = z[i] - z[j], z[k] - z[j]
+        return float(a @ b / (a.norm() * b.norm())) if a.any() and b.any() else 0.0
+
+    indices = list(itertools.product(range(len(x)), repeat=order))
+    if order == 2:
+        of_x, of_y = distances(x), distances(y)
+        gaps = [of_x[i][j] - of_y[i][j] for i, j in indices]
+    else:
+        gaps = [cosine(x, *i) - cosine(y, *i) for i in indices]
+    return mean(0.5 * g * g if abs(g) < 1 else abs(g) - 0.5 for g in gaps)
+
+
+def test_rkd_relates_all_pairs_and_triples():
+    x, y = torch.randn(5, 3), torch.randn(5, 4)
+    x[1] = x[0]  # two instances at one place
+    close(distance_loss(x, y), relations(x, y, 2))
+    close(angle_loss(x, y), relations(x, y, 3))
+
+
+def test_rkd_gradient_is_finite_where_instances_coincide():
+    x = torch.randn(4, 3).index_fill(0, torch.tensor([1, 2]), 1.0).requires_grad_()
+    (distance_loss(x, torch.randn(4, 3)) + angle_loss(x, torch.randn(4, 3))).backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() < 100
+
+
+def test_rkd_relates_an_even_subset_of_many_instances():
+    context = toy_step(counts=(9, 9))
+    features = context.student_instance_features["p3"]
+    subset = RKD(max_instances=4)._subset(features)
+    assert torch.equal(
+        subset, features[[0, (len(features) - 1) // 3, 2 * (len(features) - 1) // 3, -1]]
+    )
+
+
+def test_rkd_with_prototypes_is_the_global_knowledge_of_all_classes():
+    context = toy_step(bank=toy_bank())
+    expected = GlobalKnowledge(scope="all", penalty="smooth_l1", weighted=False)(context)
+    value = RKD(relations="prototypes")(context)["loss_kd_rkd_prototypes"]
+    assert torch.equal(value, expected["loss_kd_global"])
+
+
+def cell_error(student, teacher, cells):
+    """1/2 squared difference, mean over the channels of the given (image, y, x) cells."""
+    return mean(
+        float((student[n, :, y, x] - teacher[n, :, y, x]).square().mean()) / 2 for n, y, x in cells
+    )
+
+
+def cells_of(maps):
+    return itertools.product(*(range(n) for n in (maps.shape[0], *maps.shape[2:])))
+
+
+def test_fitnet():
+    context = toy_step()
+    loss = attach(FitNet(), context)
+    expected = mean(
+        cell_error(loss.adapters[n](context.student_maps[n]), t, cells_of(t))
+        for n, t in context.teacher_maps.items()
+    )
+    close(evaluate(loss, context)["loss_kd_fitnet"], expected)
+
+
+@both
+def test_defeat(one_stage):
+    context = toy_step(one_stage=one_stage)
+    loss = attach(DeFeat(positive_weight=1.0, negative_weight=1.0, temperature=2.0), context)
+    terms, inside, outside = evaluate(loss, context), [], []
+    gt = context.ground_truth
+    for name, teacher in context.teacher_maps.items():
+        student, stride = loss.adapters[name](context.student_maps[name]), STRIDES[name]
+
+        def touched(cell, stride=stride):
+            n, y, x = cell
+            low, high = torch.tensor([x, y]) * stride, torch.tensor([x + 1, y + 1]) * stride
+            return any(
+                n == i and (low < box[2:]).all() and (high > box[:2]).all()
+                for i, box in zip(gt.image_index, gt.boxes)
+            )
+
+        cells = list(cells_of(teacher))
+        inside.append(cell_error(student, teacher, [c for c in cells if touched(c)]))
+        outside.append(cell_error(student, teacher, [c for c in cells if not touched(c)]))
+    close(terms["loss_kd_defeat_object"], mean(inside))
+    close(terms["loss_kd_defeat_background"], mean(outside))
+    x = context.candidates
+    for kind, chosen in {"positive": x.labels < CLASSES, "negative": x.labels == CLASSES}.items():
+        rows = (chosen & (x.labels >= 0)).nonzero().flatten()
+        expected = mean(
+            row_divergence(x.logits[i].detach(), x.teacher[i], 2.0, one_stage) for i in rows
+        )
+        close(terms[f"loss_kd_defeat_{kind}"], expected)
+
+
+def test_fgfi_selects_cells_near_objects():
+    context = toy_step(counts=(3, 2))
+    gt, anchors = context.ground_truth, list(context.student_dense.anchors.values())
+    weights = [torch.rand(len(gt)) for _ in anchors]
+    masks = near_object_masks(gt, weights, anchors, num_images=2, threshold=0.5)
+    expected = [torch.zeros_like(m) for m in masks]
+    for row, (image, box) in enumerate(zip(gt.image_index, gt.boxes)):
+        best = max(float(box_iou(box[None], a.reshape(-1, 4)).max()) for a in anchors)
+        for level, a in enumerate(anchors):
+            for y, x in itertools.product(range(a.shape[0]), range(a.shape[1])):
+                if box_iou(box[None], a[y, x]).max() > 0.5 * best:
+                    cell = expected[level][image]
+                    cell[y, x] = max(cell[y, x], weights[level][row])
+    for mask, other in zip(masks, expected):
+        assert torch.equal(mask, other)
+    assert 0 < sum(int((m > 0).sum()) for m in masks) < sum(m.numel() for m in masks)
+
+
+def test_fgfi_is_the_error_on_those_cells():
+    context = toy_step()
+    loss = attach(FGFI(threshold=0.7), context)
+    masks = loss._masks(context)
+    expected = mean(
+        cell_error(
+            loss.adapters[n](context.student_maps[n]), context.teacher_maps[n], m.nonzero().tolist()
+        )
+        for n, m in zip(STRIDES, masks)
+    )
+    close(evaluate(loss, context)["loss_kd_fgfi"], expected)
+
+
+def test_fbkd_attention_and_its_masks():
+    s, t = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    spatial, channel = attention(s)
+    close(spatial[1, 0, 2, 3], s[1, :, 2, 3].abs().mean())
+    close(channel[0, 2, 0, 0], s[0, 2].abs().mean())
+    mask = attention_mask(spatial, attention(t)[0], 0.5)
+    scores = ((s.abs().mean(1) + t.abs().mean(1)) / 0.5).exp()
+    close(mask[1, 0], 20 * scores[1] / scores[1].sum())
+    close(root_mean_square(s), math.sqrt(mean(float(v) ** 2 for v in s.flatten())))
+
+
+def test_fbkd_non_local_block_sums_over_all_pairs():
+    block, x = NonLocal(4), torch.randn(1, 4, 3, 2)
+    torch.nn.init.normal_(block.output.weight)
+    q, k, v = (f(x)[0].flatten(1).T for f in (block.query, block.key, block.value))
+    rows = [sum((q[i] @ k[j]) * v[j] for j in range(6)) / 6 for i in range(6)]
+    added = block.output(torch.stack(rows).T.reshape(1, 2, 3, 2))
+    close(block(x), x + added)
+
+
+def test_general_instances_are_where_the_detectors_disagree():
+    context = toy_step(counts=(1, 1))
+    ours, theirs = context.student_dense, context.teacher_dense
+    rois = general_instances(ours, theirs, [(64, 64)] * 2, num_instances=3, nms_threshold=0.3)
+    anchors = ours.flat_anchors
+    for image in range(2):
+        logits = [x.flat_logits[image].detach() for x in (ours, theirs)]
+        deltas = [x.flat_deltas[image].detach() for x in (ours, theirs)]
+        score = (logits[1].sigmoid() - logits[0].sigmoid()).abs().amax(1)
+        surer = [int(t.max() > s.max()) for s, t in zip(*logits)]
+        deltas = torch.stack([deltas[who][a] for a, who in enumerate(surer)])
+        boxes = ours.transform.apply_deltas(deltas, anchors).clamp(0, 64)
+        overlaps = box_iou(boxes, boxes)
+        kept = []
+        for a in score.argsort(descending=True).tolist():
+            if all(overlaps[a, b] <= 0.3 for b in kept):
+                kept.append(a)
+        assert len(kept) > 3
+        found = {tuple(b) for b in rois[rois[:, 0] == image, 1:].tolist()}
+        assert found == {tuple(b) for b in boxes[kept[:3]].tolist()}
+
+
+def test_anchors_at_general_instances():
+    anchors = toy_step().student_dense.flat_anchors
+    rois = torch.tensor([[0.0, 0, 0, 30, 30], [0, 20, 20, 30, 40], [2, 5, 5, 25, 40]])
+    mask = anchors_at(rois, anchors, num_images=3, threshold=0.3)
+    for image, a in itertools.product(range(3), range(len(anchors))):
+        overlaps = [box_iou(r[None, 1:], anchors[a][None]) for r in rois if r[0] == image]
+        assert mask[image, a] == any(v >= 0.3 for v in overlaps)
+    assert mask[0].any() and not mask[1].any() and mask[2].any()
+
+
+def test_feature_richness_weighs_the_scores_of_each_cell():
+    s, t = torch.randn(2, 3, 2, 2, 4), torch.randn(2, 3, 2, 2, 4)
+    richness = feature_richness(t)
+    total = weights = 0.0
+    for n, y, x in itertools.product(range(2), range(3), range(2)):
+        weight = max(float(v.sigmoid()) for v in t[n, y, x].flatten())
+        assert weight == pytest.approx(float(richness[n, y, x]))
+        total += weight * row_divergence(s[n, y, x].flatten(), t[n, y, x].flatten(), 1.0, True)
+        weights += weight
+    close(rich_score_loss(s, t, richness), total / weights)
+
+
+def test_rank_mimicking_compares_distributions_over_each_objects_anchors():
+    context = toy_step(counts=(3, 2), bank=toy_bank())
+    x, p, gt = context.responses, context.positives, context.ground_truth
+    total = objects = 0
+    for box, image, label in zip(gt.boxes, gt.image_index, gt.classes):
+        rows = [
+            i
+            for i in range(len(p))
+            if torch.equal(p.gt_boxes[i], box) and p.image_index[i] == image
+        ]
+        if rows:
+            t, s = (z[rows, label].detach().sigmoid().softmax(0) for z in (x.teacher, x.student))
+            weight = x.reliability[rows]
+            total += sum(w * a * (a.log() - b.log()) for w, a, b in zip(weight, t, s))
+            objects += 1
+    assert objects >= 2
+    value = evaluate(RankMimicking(weighted=True), context)["loss_kd_rank"]
+    close(value, total / objects)
+
+
+def test_grouped_softmax_sums_to_one_in_each_group_whatever_the_size_of_scores():
+    scores, group = torch.tensor([500.0, -500, 3, 4, 0]), torch.tensor([2, 2, 0, 0, 3])
+    probabilities = grouped_log_softmax(scores, group, 5).exp()
+    close(torch.zeros(5).index_add(0, group, probabilities), torch.tensor([1.0, 0, 1, 1, 0]))
+
+
+def test_prediction_guided_imitation():
+    s, t = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
+    u, v = torch.randn(2, 2, 2, 2, 4), torch.randn(2, 2, 2, 2, 4)
+    products = [
+        (s[n, :, y, x] - t[n, :, y, x]).square().mean() * (u[n, y, x] - v[n, y, x]).square().mean()
+        for n, y, x in cells_of(s)
+    ]
+    close(prediction_guided_loss(s, t, u, v), mean(products))

@@ -1,0 +1,161 @@
+"""All comparison losses in one run, on real detectors: sums, head runs, refusals."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import KINDS, ROOT, TINY, make_batch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from globalkd import add_globalkd_config
+from globalkd.losses import FGFI, GID, ICD, RKD, DeFeat, FeatureRichness, HintonKD, RankMimicking
+from globalkd.pairing import check_pair
+
+MAPS = ["FitNet", "FGFI", "DeFeat", "FBKD", "RKD", "ICD"]
+BOTH = [*MAPS, "HintonKD", "GID", "FeatureRichness"]
+METHODS = {"rcnn": BOTH, "retinanet": [*BOTH, "RankMimicking", "PredictionGuidedImitation"]}
+
+
+def build(kind, losses, *opts, teacher=None):
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    cfg.merge_from_file(str(ROOT / f"configs/quick/Base-digits-{kind}.yaml"))
+    cfg.merge_from_list([*TINY, "MODEL.FPN.NORM", "BN"])
+    node = cfg.MODEL.GLOBALKD
+    cfg.MODEL.META_ARCHITECTURE, node.LOSSES = KINDS[kind], losses
+    node.TEACHER.CONFIG_FILE = str(ROOT / f"configs/quick/Base-digits-{teacher or kind}.yaml")
+    node.TEACHER.OPTS = ["MODEL.FPN.OUT_CHANNELS", 32]
+    node.ICD.HIDDEN_DIM, node.ICD.START_ITER, node.HINTON.ROWS = 16, 0, "all"
+    node.DEFEAT.POSITIVE_WEIGHT = node.DEFEAT.NEGATIVE_WEIGHT = 0.0 if teacher else 1.0
+    cfg.merge_from_list(list(opts))
+    torch.manual_seed(0)
+    return build_model(cfg).train()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {kind: build(kind, losses) for kind, losses in METHODS.items()}
+
+
+def step(model, counts, iteration=0):
+    torch.manual_seed(1)
+    with EventStorage(iteration):
+        return model(make_batch(counts))
+
+
+both = pytest.mark.parametrize("kind", list(KINDS))
+
+
+@both
+def test_all_methods_train_together(kind, models):
+    model = copy.deepcopy(models[kind])
+    before = copy.deepcopy(model.distiller.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for iteration in range(2):
+        losses = step(model, [4, 0, 1], iteration)
+        assert all(value.isfinite() for value in losses.values())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    names = [name for loss in model.distiller.losses.values() for name in loss.weights]
+    assert len(names) == len(set(names)) and set(names) <= set(losses)
+    after = model.distiller.state_dict()
+    unmoved = {k for k, v in before.items() if torch.equal(v, after[k])}
+    # These two read a box on the level that fits it, and the image has none for a coarse level.
+    one_level = ("losses.FGFI.adapters", "losses.GID.adapters")
+    assert not {k for k in unmoved if not k.startswith(one_level)}, unmoved
+
+
+@both
+def test_every_head_runs_once_whatever_is_summed(kind, models):
+    model, counts = models[kind], {}
+    student, teacher = model, model.distiller.teacher.model
+    parts = {"backbone": "backbone", "head": "head"}
+    if kind == "rcnn":
+        parts["head"], parts["rpn"] = "roi_heads.box_head", "proposal_generator.rpn_head"
+    handles = []
+    for who, detector in {"student": student, "teacher": teacher}.items():
+        for part, path in parts.items():
+            handles.append(
+                detector.get_submodule(path).register_forward_hook(
+                    lambda *_, key=(who, part): counts.update({key: counts.get(key, 0) + 1})
+                )
+            )
+    step(model, [4, 0])
+    for handle in handles:
+        handle.remove()
+    assert counts == {(who, part): 1 for who in ("student", "teacher") for part in parts}
+
+
+@both
+def test_the_teacher_says_the_same_of_positives_alone_as_among_all_rows(kind, models, monkeypatch):
+    distiller, contexts = models[kind].distiller, []
+    gather = distiller._context
+    monkeypatch.setattr(
+        distiller, "_context", lambda *args: contexts.append(gather(*args)) or contexts[-1]
+    )
+    step(models[kind], [4, 0, 3])
+    (context,) = contexts
+    assert context.all_rows
+    alone, among = replace(context, all_rows=False).responses, context.responses
+    assert len(alone.teacher) == len(context.positives) > 0
+    torch.testing.assert_close(alone.teacher, among.teacher)
+    assert torch.equal(alone.student, context.predictions.student[context.positives.rows])
+    assert torch.equal(alone.labels, context.predictions.labels[context.positives.rows])
+    assert context.predictions.background.any() and not alone.background.any()
+
+
+@both
+def test_a_batch_without_boxes_gives_finite_terms_with_gradient(kind, models):
+    model = copy.deepcopy(models[kind])
+    losses = step(model, [0, 0])
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.distiller.parameters())
+
+
+def test_methods_that_read_maps_alone_cross_families():
+    model = build("rcnn", MAPS, teacher="retinanet")
+    losses = step(model, [4, 2])
+    assert {p.student for p in model.distiller.levels} == {"p3", "p4", "p5", "p6"}
+    assert all(value.isfinite() for value in losses.values())
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("loss", [RankMimicking(), HintonKD(), FeatureRichness(), GID()])
+def test_what_a_pair_cannot_have_is_refused_by_name(loss, models):
+    teacher = models["retinanet"].distiller.teacher
+    name = type(loss).__name__
+    with pytest.raises(ValueError, match=rf"\['{name}'\].*MODEL.GLOBALKD.LOSSES"):
+        check_pair(models["rcnn"], teacher, {name: loss}, levels=["p3"], num_classes=10)
+
+
+@pytest.mark.faults
+def test_levels_without_anchors_are_named(models):
+    model = models["retinanet"]
+    with pytest.raises(ValueError, match=r"\['FGFI'\].*\['p2'\].*IN_FEATURES"):
+        check_pair(
+            model, model.distiller.teacher, {"FGFI": FGFI()}, levels=["p2", "p3"], num_classes=10
+        )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: HintonKD(temperature=0.0), "HINTON.TEMPERATURE is 0"),
+        (lambda: HintonKD(rows="some"), "HINTON.ROWS is 'some'"),
+        (lambda: DeFeat(temperature=-1.0), "DEFEAT.TEMPERATURE is -1"),
+        (lambda: RKD(relations="both"), "RKD.RELATIONS is 'both'"),
+        (lambda: RKD(max_instances=2), "RKD.MAX_INSTANCES is 2"),
+        (lambda: FGFI(threshold=1.0), "FGFI.THRESHOLD is 1"),
+        (lambda: GID(num_instances=0), "GID.NUM_INSTANCES is 0"),
+        (lambda: ICD(hidden_dim=30, num_heads=2), "ICD.HIDDEN_DIM is 30"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_key(make, key):
+    with pytest.raises(ValueError, match=f"MODEL.GLOBALKD.{key}"):
+        make()

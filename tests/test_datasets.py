@@ -1,0 +1,308 @@
+"""Registration of datasets by config: what is accepted, dropped, and refused."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.pascal_voc import load_voc_instances
+
+from globalkd import add_globalkd_config
+from globalkd.data import make_digit_scenes, register_datasets
+from globalkd.data.registration import read_categories
+from globalkd.data.voc import load_voc_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("GLOBALKD_TEST_DATA", ROOT.parent / "shared" / "datasets"))
+BCCD = ["RBC", "WBC", "Platelets"]
+
+
+@pytest.fixture(autouse=True)
+def catalogs():
+    """Forget the datasets that a test registers."""
+    before = set(DatasetCatalog)
+    yield
+    for name in set(DatasetCatalog) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def config(*, coco=(), voc=()):
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    cfg.DATASETS.COCO, cfg.DATASETS.VOC = list(coco), list(voc)
+    return cfg
+
+
+def write_coco(folder, *, boxes, categories=((7, "cat"), (3, "dog")), **extra):
+    """One image of 40 x 30 with the given XYWH boxes; returns a DATASETS.COCO entry."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [{"id": 5, "file_name": "a.png", "width": 40, "height": 30}],
+        "annotations": [
+            {"id": i + 1, "image_id": 5, "category_id": 7, "bbox": box, "area": 1, **extra}
+            for i, box in enumerate(boxes)
+        ],
+        "categories": [{"id": number, "name": name} for number, name in categories],
+    }
+    (folder / "all.json").write_text(json.dumps(content))
+    return ["mine", str(folder / "all.json"), str(folder)]
+
+
+def write_voc(folder, objects, *, size=(40, 30), name="one", extension=".png"):
+    """One image with objects (class, xmin, ymin, xmax, ymax, more tags); returns an entry."""
+    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"<object><name>{label}</name>{tags}<bndbox><xmin>{x}</xmin><ymin>{y}</ymin>"
+        f"<xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>"
+        for label, x, y, right, bottom, tags in objects
+    ]
+    width, height = size
+    text = f"<annotation><size><width>{width}</width><height>{height}</height></size>"
+    (folder / f"Annotations/{name}.xml").write_text(text + "".join(lines) + "</annotation>")
+    (folder / "ImageSets/Main/some.txt").write_text(f"{name}\n\n")
+    cv2.imwrite(str(folder / f"JPEGImages/{name}{extension}"), np.zeros((30, 40, 3), np.uint8))
+    return ["mine", str(folder), "some", ["cat", "dog"]]
+
+
+def test_coco_classes_stand_in_the_metadata_before_anything_is_loaded(tmp_path):
+    register_datasets(config(coco=[write_coco(tmp_path, boxes=[[0, 0, 5, 5]])]))
+    metadata = MetadataCatalog.get("mine")
+    assert metadata.thing_classes == ["dog", "cat"]  # by category id
+    assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
+    assert metadata.evaluator_type == "coco"
+    (record,) = DatasetCatalog.get("mine")
+    assert record["file_name"] == str(tmp_path / "a.png")
+    assert [a["category_id"] for a in record["annotations"]] == [1]
+
+
+def test_entries_can_come_from_the_command_line(tmp_path):
+    cfg = config()
+    cfg.merge_from_list(["DATASETS.COCO", str([write_coco(tmp_path, boxes=[])])])
+    register_datasets(cfg)
+    assert DatasetCatalog.get("mine")[0]["annotations"] == []
+
+
+def test_registering_twice_changes_nothing(tmp_path, monkeypatch):
+    entry = write_coco(tmp_path / "coco", boxes=[])
+    voc = ["other", *write_voc(tmp_path / "voc", [])[1:]]
+    cfg = config(coco=[entry, entry], voc=[voc])
+    register_datasets(cfg)
+    register_datasets(cfg)
+    monkeypatch.chdir(tmp_path)
+    register_datasets(config(coco=[["mine", "coco/all.json", "coco"]]))
+
+
+@pytest.mark.faults
+def test_a_name_cannot_stand_for_two_datasets(tmp_path):
+    register_datasets(config(coco=[write_coco(tmp_path / "one", boxes=[])]))
+    with pytest.raises(ValueError, match="DATASETS.COCO.*'mine'.*one.*two"):
+        register_datasets(config(coco=[write_coco(tmp_path / "two", boxes=[])]))
+    with pytest.raises(ValueError, match="DATASETS.VOC.*'mine'"):
+        register_datasets(config(voc=[write_voc(tmp_path / "voc", [])]))
+    entry = write_coco(tmp_path / "one", boxes=[])
+    with pytest.raises(ValueError, match="'coco_2017_val' already is registered outside"):
+        register_datasets(config(coco=[["coco_2017_val", *entry[1:]]]))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_missing_coco_path_is_named_with_its_entry(tmp_path, missing):
+    entry = write_coco(tmp_path, boxes=[])
+    entry[missing] = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"DATASETS.COCO: entry \['mine'.*no .*nowhere"):
+        register_datasets(config(coco=[entry]))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", ["Annotations", "JPEGImages", "ImageSets/Main/some.txt"])
+def test_a_missing_part_of_a_voc_folder_is_named(tmp_path, part):
+    entry = write_voc(tmp_path / "voc", [])
+    (tmp_path / "voc" / part).rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match=f"DATASETS.VOC.*{part}"):
+        register_datasets(config(voc=[entry]))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("coco", "voc", "said"),
+    [
+        ([["name", "a.json"]], [], "annotation JSON, image folder"),
+        (["name"], [], "annotation JSON, image folder"),
+        ([], [["name", "folder", "train"]], "class names"),
+        ([], [["name", ".", "train", "cat"]], "list of strings"),
+        ([], [["name", ".", "train", []]], "list of strings"),
+        ([], [["name", ".", "train", [1, 2]]], "list of strings"),
+        ([], [["name", ".", "train", ["cat", "cat"]]], "twice"),
+    ],
+)
+def test_an_entry_of_another_form_is_shown_with_the_right_one(coco, voc, said):
+    with pytest.raises(ValueError, match=f"DATASETS.*{said}"):
+        register_datasets(config(coco=coco, voc=voc))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"categories": []}', '{"categories": ["a"]}'])
+def test_a_json_without_categories_is_named(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="DATASETS.COCO.*x.json"):
+        register_datasets(config(coco=[["mine", str(tmp_path / "x.json"), str(tmp_path)]]))
+    assert "mine" not in DatasetCatalog
+
+
+@pytest.mark.faults
+def test_a_truncated_json_is_named_on_loading(tmp_path):
+    content = '{"categories": [{"id": 1, "name": "a"}], "images": [{"id": 1'
+    (tmp_path / "x.json").write_text(content)
+    register_datasets(config(coco=[["mine", str(tmp_path / "x.json"), str(tmp_path)]]))
+    with pytest.raises(ValueError, match="x.json is not complete JSON"):
+        DatasetCatalog.get("mine")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("last", [True, False])
+def test_categories_are_found_wherever_they_stand(tmp_path, indent, last):
+    categories = [{"id": i, "name": f"Größe {i}"} for i in range(3000)]  # more than one window
+    content = {"info": {"description": 'says "categories": [1]'}, "images": []}
+    content = {**content, "categories": categories} if last else {"categories": categories}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8")
+    assert read_categories(str(path)) == categories
+
+
+def test_a_nested_key_of_the_same_name_is_not_taken_for_the_categories(tmp_path):
+    nested = [{"id": 9, "name": "wrong"}]
+    content = {"images": [{"categories": nested}], "categories": [{"id": 1, "name": "right"}]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    assert read_categories(str(tmp_path / "x.json")) == [{"id": 1, "name": "right"}]
+
+
+def test_boxes_of_no_area_or_outside_the_image_are_dropped_with_one_warning(tmp_path, caplog):
+    kept = [[0, 0, 5, 5], [38, 28, 10, 10], [-4, -4, 5, 5]]
+    lost = [[3, 3, 0, 5], [3, 3, 5, -1], [41, 3, 5, 5], [3, -9, 5, 9], [3, float("nan"), 5, 5]]
+    register_datasets(config(coco=[write_coco(tmp_path, boxes=kept + lost)]))
+    with caplog.at_level(logging.WARNING, logger="globalkd"):
+        (record,) = DatasetCatalog.get("mine")
+    assert [a["bbox"] for a in record["annotations"]] == kept
+    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("globalkd")]
+    assert "mine: dropped 5 boxes" in warning and "in 1 images: a.png" in warning
+
+
+def test_clean_data_gives_no_warning(tmp_path, caplog):
+    register_datasets(config(coco=[write_coco(tmp_path, boxes=[[0, 0, 5, 5]])]))
+    with caplog.at_level(logging.WARNING, logger="globalkd"):
+        DatasetCatalog.get("mine")
+    assert not [r for r in caplog.records if r.name.startswith("globalkd")]
+
+
+def test_ambiguity_and_crowds_reach_the_dataset_dicts(tmp_path):
+    entry = write_coco(tmp_path, boxes=[[0, 0, 5, 5]], ambiguity=0.5, iscrowd=1, other="x")
+    register_datasets(config(coco=[entry]))
+    (annotation,) = DatasetCatalog.get("mine")[0]["annotations"]
+    assert annotation["ambiguity"] == 0.5 and annotation["iscrowd"] == 1
+    assert "other" not in annotation
+
+
+def test_digit_scenes_load_with_their_ambiguity(tmp_path):
+    root = make_digit_scenes(tmp_path / "x", num_train=3, num_val=0, image_size=64)
+    register_datasets(config(coco=[["mine", f"{root}/train.json", f"{root}/train"]]))
+    records = DatasetCatalog.get("mine")
+    assert MetadataCatalog.get("mine").thing_classes == [str(n) for n in range(10)]
+    assert all(Path(record["file_name"]).is_file() for record in records)
+    assert all("ambiguity" in a for record in records for a in record["annotations"])
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".jpeg", ".png", ".JPG"])
+def test_voc_folders_load_with_zero_based_boxes_and_the_difficult_flag(tmp_path, extension):
+    objects = [
+        ("dog", 1, 1, 40, 30, "<difficult>1</difficult>"),
+        ("cat", 3.5, 4, 7.25, 9, ""),
+    ]
+    entry = write_voc(tmp_path, objects, name="an image", extension=extension)
+    register_datasets(config(voc=[entry]))
+    (record,) = DatasetCatalog.get("mine")
+    assert record["file_name"] == str(tmp_path / f"JPEGImages/an image{extension}")
+    assert (record["image_id"], record["width"], record["height"]) == ("an image", 40, 30)
+    first, second = record["annotations"]
+    assert first["bbox"] == [0, 0, 40, 30] and first["difficult"] and first["category_id"] == 1
+    assert second["bbox"] == [2.5, 3, 7.25, 9] and not second["difficult"]
+    assert MetadataCatalog.get("mine").thing_classes == ["cat", "dog"]
+
+
+def test_voc_boxes_of_no_area_are_dropped_with_one_warning(tmp_path, caplog):
+    objects = [("cat", 5, 5, 5, 5, ""), ("cat", 9, 5, 7, 8, ""), ("cat", 5, 5, 6, 6, "")]
+    register_datasets(config(voc=[write_voc(tmp_path, objects)]))
+    with caplog.at_level(logging.WARNING, logger="globalkd"):
+        (record,) = DatasetCatalog.get("mine")
+    assert [a["bbox"] for a in record["annotations"]] == [[4, 4, 6, 6]]
+    assert "dropped 2 boxes" in caplog.text and "one.png" in caplog.text
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text.replace("cat", "cow"), "unknown class 'cow'.*'cat', 'dog'"),
+        (lambda text: text.replace("<width>40", "<width>0"), "<size> is 0 x 30"),
+        (lambda text: text.replace("<xmin>5</xmin>", ""), "no <bndbox/xmin>"),
+        (lambda text: text.replace("<xmin>5", "<xmin>five"), "five"),
+        (lambda text: text[:60], "not a VOC annotation"),
+    ],
+)
+def test_a_wrong_voc_annotation_is_named(tmp_path, change, said):
+    register_datasets(config(voc=[write_voc(tmp_path, [("cat", 5, 5, 9, 9, "")])]))
+    path = tmp_path / "Annotations/one.xml"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=f"(?s)one.xml.*{said}"):
+        DatasetCatalog.get("mine")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("lost", ["Annotations/one.xml", "JPEGImages/one.png"])
+def test_a_missing_voc_file_is_named(tmp_path, lost):
+    register_datasets(config(voc=[write_voc(tmp_path, [])]))
+    (tmp_path / lost).unlink()
+    with pytest.raises(FileNotFoundError, match="one"):
+        DatasetCatalog.get("mine")
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not (REAL / "bccd").is_dir(), reason="no bccd in GLOBALKD_TEST_DATA")
+def test_bccd_loads_as_with_detectron2_but_for_its_two_boxes_of_no_area(caplog):
+    folder, total = str(REAL / "bccd"), 0
+    for split, size in (("train", 205), ("val", 87), ("test", 72)):
+        register_datasets(config(voc=[[f"bccd_{split}", folder, split, BCCD]]))
+        with caplog.at_level(logging.WARNING, logger="globalkd"):
+            records = DatasetCatalog.get(f"bccd_{split}")
+        assert len(records) == size
+        theirs = load_voc_instances(folder, split, BCCD)
+        ours = load_voc_folder(folder, split, BCCD)
+        for mine, other in zip(ours, theirs, strict=True):
+            whole = [a for a in other["annotations"] if a["bbox"][2] - a["bbox"][0] > 1]
+            found = [a for a in mine["annotations"] if a["bbox"][2] > a["bbox"][0]]
+            assert [a["bbox"] for a in found] == [a["bbox"] for a in whole]
+            assert mine["file_name"] == other["file_name"]
+        total += sum(len(record["annotations"]) for record in records)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert total == 4888 - 2
+    assert "00338" in "".join(warnings) and "00343" in "".join(warnings) and len(warnings) <= 2
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not (REAL / "coco_cc").is_dir(), reason="no coco_cc in GLOBALKD_TEST_DATA")
+def test_real_coco_images_load_with_their_crowds():
+    root = REAL / "coco_cc"
+    entry = ["cc", str(root / "annotations/instances_val2017.json"), str(root / "val2017")]
+    register_datasets(config(coco=[entry]))
+    metadata = MetadataCatalog.get("cc")
+    assert metadata.thing_classes == MetadataCatalog.get("coco_2017_val").thing_classes
+    records = DatasetCatalog.get("cc")
+    annotations = [a for record in records for a in record["annotations"]]
+    assert len(records) == 49 and len(annotations) == 495
+    assert any(a["iscrowd"] for a in annotations)

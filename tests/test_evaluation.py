@@ -1,0 +1,410 @@
+"""Evaluators: equal to the reference implementations, and AP by ambiguity."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import coco_evaluation as detectron2_coco
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils import comm
+from pycocotools.cocoeval import COCOeval
+
+from globalkd import add_globalkd_config, evaluation
+from globalkd.data import make_digit_scenes, register_datasets
+from globalkd.evaluation import VOCFolderEvaluator, build_evaluator, voc_average_precision
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("GLOBALKD_TEST_DATA", ROOT.parent / "shared" / "datasets"))
+BCCD = ["RBC", "WBC", "Platelets"]
+SIZE = 100
+
+
+@pytest.fixture(autouse=True)
+def catalogs():
+    """Forget the datasets that a test registers."""
+    before = set(DatasetCatalog)
+    yield
+    for name in set(DatasetCatalog) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    return cfg
+
+
+def random_boxes(rng, count):
+    """(count, 4) XYXY boxes of many sizes inside SIZE x SIZE, whole numbers."""
+    corner = rng.integers(0, SIZE - 12, (count, 2))
+    side = rng.integers(4, 60, (count, 2))
+    return np.concatenate([corner, np.minimum(corner + side, SIZE - 1)], axis=1).astype(float)
+
+
+def write_coco(folder, *, images=6, classes=3, per_image=5, seed=0, ambiguous=False):
+    """Random ground truth with crowds and a class without objects; registers "mine"."""
+    rng = np.random.default_rng(seed)
+    annotations = []
+    for image in range(images):
+        for x, y, right, bottom in random_boxes(rng, per_image).tolist():
+            number = len(annotations) + 1
+            annotation = {
+                "id": number,
+                "image_id": image + 1,
+                "category_id": int(rng.integers(1, classes)),
+                "bbox": [x, y, right - x, bottom - y],
+                "area": (right - x) * (bottom - y),
+                "iscrowd": int(not ambiguous and number % 7 == 0),
+            }
+            if ambiguous:
+                annotation["ambiguity"] = 0.5 if number % 3 == 0 else 0.0
+            annotations.append(annotation)
+    names = [f"{i:03d}.png" for i in range(images)]
+    content = {
+        "images": [
+            {"id": i + 1, "file_name": name, "width": SIZE, "height": SIZE}
+            for i, name in enumerate(names)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": i + 1, "name": f"class{i + 1}"} for i in range(classes)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "all.json").write_text(json.dumps(content))
+    return ["mine", str(folder / "all.json"), str(folder)]
+
+
+def write_voc(folder, *, seed=0, images=6):
+    """Random VOC folder with difficult objects and a class, "c", that occurs nowhere."""
+    rng = np.random.default_rng(seed)
+    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / part).mkdir(parents=True)
+    for image in range(images):
+        text = f"<size><width>{SIZE}</width><height>{SIZE}</height></size>"
+        for x, y, right, bottom in random_boxes(rng, 5).astype(int).tolist():
+            text += (
+                f"<object><name>{'ab'[rng.integers(2)]}</name><pose>x</pose>"
+                f"<truncated>0</truncated><difficult>{int(rng.random() < 0.3)}</difficult>"
+                f"<bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{right}</xmax>"
+                f"<ymax>{bottom}</ymax></bndbox></object>"
+            )
+        (folder / f"Annotations/{image}.xml").write_text(f"<annotation>{text}</annotation>")
+        (folder / f"JPEGImages/{image}.jpg").touch()
+    (folder / "ImageSets/Main/some.txt").write_text("\n".join(map(str, range(images))))
+
+
+def detections(boxes, classes, scores):
+    instances = Instances((SIZE, SIZE))
+    instances.pred_boxes = Boxes(torch.as_tensor(np.array(boxes), dtype=torch.float32))
+    instances.pred_classes = torch.as_tensor(np.array(classes), dtype=torch.int64)
+    instances.scores = torch.as_tensor(np.array(scores), dtype=torch.float32)
+    return instances
+
+
+def truth_as_detections(record, keep=lambda annotation: True):
+    kept = [a for a in record["annotations"] if not a.get("iscrowd") and keep(a)]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in kept]
+    return detections(
+        np.array(boxes, dtype=float).reshape(-1, 4),
+        [a["category_id"] for a in kept],
+        np.ones(len(kept)),
+    )
+
+
+def noisy_detections(record, rng, num_classes):
+    """Some objects moved a little, some missed, some of a wrong class, and false ones.
+
+    Scores have three digits and boxes one, as Detectron2's VOC evaluator writes them.
+    """
+    truth = truth_as_detections(record)
+    boxes = truth.pred_boxes.tensor.numpy() + rng.normal(0, 3, (len(truth), 4))
+    boxes = np.concatenate([boxes[rng.random(len(boxes)) < 0.9], random_boxes(rng, 4)])
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    classes = np.concatenate([truth.pred_classes.numpy(), rng.integers(0, num_classes, 8)])
+    scores = rng.permutation(np.arange(100, 999))[: len(boxes)] / 1000
+    return detections(np.round(boxes, 1), classes[: len(boxes)], scores)
+
+
+def evaluate(evaluator, name, predict):
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        evaluator.process([record], [{"instances": predict(record)}])
+    return evaluator.evaluate()["bbox"]
+
+
+def assert_equal(ours, reference):
+    for key, value in reference.items():
+        assert ours[key] == pytest.approx(value, abs=1e-9, nan_ok=True), key
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_coco_numbers_equal_pycocotools(cfg, tmp_path, seed):
+    assert evaluation.FastestCOCOeval is not COCOeval, "faster-coco-eval is not installed"
+    register_datasets_of(cfg, coco=[write_coco(tmp_path, seed=seed)])
+
+    def predict(record):
+        rng = np.random.default_rng([seed, record["image_id"]])
+        return noisy_detections(record, rng, num_classes=3)
+
+    reference = COCOEvaluator("mine", output_dir=None, use_fast_impl=False)
+    ours, theirs = build_evaluator(cfg, "mine"), evaluate(reference, "mine", predict)
+    result = evaluate(ours, "mine", predict)
+    assert ours._use_fast_impl
+    assert 5 < theirs["AP"] < 95 and math.isnan(theirs["AP-class3"])
+    assert set(result) == set(theirs)
+    assert_equal(result, theirs)
+
+
+def register_datasets_of(cfg, *, coco=(), voc=()):
+    cfg.DATASETS.COCO, cfg.DATASETS.VOC = list(coco), list(voc)
+    register_datasets(cfg)
+
+
+def test_without_the_fast_package_the_numbers_are_the_same(cfg, tmp_path, monkeypatch):
+    register_datasets_of(cfg, coco=[write_coco(tmp_path, ambiguous=True)])
+
+    def predict(record):
+        return noisy_detections(record, np.random.default_rng(record["image_id"]), num_classes=3)
+
+    fast = evaluate(build_evaluator(cfg, "mine"), "mine", predict)
+    monkeypatch.setattr(evaluation, "FastestCOCOeval", COCOeval)
+    slow = build_evaluator(cfg, "mine")
+    result = evaluate(slow, "mine", predict)
+    assert not slow._use_fast_impl
+    assert set(result) == set(fast) and {"AP-clean", "AP-ambiguous"} <= set(fast)
+    assert_equal(result, fast)
+
+
+def test_detectron2_is_left_as_it_was(cfg, tmp_path):
+    register_datasets_of(cfg, coco=[write_coco(tmp_path)])
+    before = detectron2_coco.COCOeval_opt, detectron2_coco.COCOeval
+    evaluate(build_evaluator(cfg, "mine"), "mine", truth_as_detections)
+    assert (detectron2_coco.COCOeval_opt, detectron2_coco.COCOeval) == before
+
+
+def test_ground_truth_as_predictions_gives_100_on_digit_scenes(cfg, tmp_path):
+    root = make_digit_scenes(tmp_path / "x", num_train=0, num_val=12)
+    register_datasets_of(cfg, coco=[["digits", f"{root}/val.json", f"{root}/val"]])
+    results = evaluate(build_evaluator(cfg, "digits"), "digits", truth_as_detections)
+    for key in ("AP", "AP50", "AP75", "AP-clean", "AP-ambiguous"):
+        assert results[key] == pytest.approx(100), key
+
+
+@pytest.mark.parametrize(("ambiguous", "clean_ap"), [(False, 100), (True, 0)])
+def test_detecting_one_subset_gives_100_there_and_0_on_the_other(
+    cfg, tmp_path, ambiguous, clean_ap
+):
+    register_datasets_of(cfg, coco=[write_coco(tmp_path, ambiguous=True)])
+
+    def predict(record):
+        return truth_as_detections(record, lambda a: (a["ambiguity"] > 0) == ambiguous)
+
+    results = evaluate(build_evaluator(cfg, "mine"), "mine", predict)
+    assert results["AP-clean"] == pytest.approx(clean_ap)
+    assert results["AP-ambiguous"] == pytest.approx(100 - clean_ap)
+    assert 0 < results["AP"] < 100
+
+
+def test_false_detections_count_in_both_subsets(cfg, tmp_path):
+    register_datasets_of(cfg, coco=[write_coco(tmp_path, ambiguous=True)])
+
+    def predict(record):
+        right = truth_as_detections(record)
+        wrong = detections([[0, 0, 3, 3]] * 2, [0, 1], [1.0, 1.0])
+        right.scores *= 0.5
+        return Instances.cat([right, wrong])
+
+    results = evaluate(build_evaluator(cfg, "mine"), "mine", predict)
+    assert 0 < results["AP-clean"] < 99 and 0 < results["AP-ambiguous"] < 99
+
+
+def test_data_without_ambiguity_have_the_usual_results_only(cfg, tmp_path):
+    register_datasets_of(cfg, coco=[write_coco(tmp_path)])
+    results = evaluate(build_evaluator(cfg, "mine"), "mine", truth_as_detections)
+    assert not {"AP-clean", "AP-ambiguous"} & set(results)
+
+
+def test_all_clean_data_have_no_ambiguous_ap(cfg, tmp_path):
+    root = make_digit_scenes(tmp_path / "x", num_train=0, num_val=3, ambiguous_share=0.0)
+    register_datasets_of(cfg, coco=[["digits", f"{root}/val.json", f"{root}/val"]])
+    results = evaluate(build_evaluator(cfg, "digits"), "digits", truth_as_detections)
+    assert results["AP-clean"] == pytest.approx(results["AP"]) == pytest.approx(100)
+    assert math.isnan(results["AP-ambiguous"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_no_detection_at_all_is_ap_0(cfg, tmp_path, monkeypatch, fast):
+    if not fast:
+        monkeypatch.setattr(evaluation, "FastestCOCOeval", COCOeval)
+    register_datasets_of(cfg, coco=[write_coco(tmp_path, ambiguous=True)])
+
+    def predict(record):
+        return detections(np.zeros((0, 4)), [], [])
+
+    results = evaluate(build_evaluator(cfg, "mine"), "mine", predict)
+    for key in ("AP", "AP50", "AP75", "AP-clean", "AP-ambiguous", "AP-class1"):
+        assert results[key] == 0, key
+
+
+@pytest.mark.parametrize("implementation", [evaluation.FastestCOCOeval, COCOeval])
+def test_a_json_without_area_and_iscrowd_is_evaluated(cfg, tmp_path, monkeypatch, implementation):
+    monkeypatch.setattr(evaluation, "FastestCOCOeval", implementation)
+    entry = write_coco(tmp_path, ambiguous=True)
+    content = json.loads(Path(entry[1]).read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    Path(entry[1]).write_text(json.dumps(content))
+    register_datasets_of(cfg, coco=[entry])
+    results = evaluate(build_evaluator(cfg, "mine"), "mine", truth_as_detections)
+    assert results["AP"] == results["APs"] == results["AP-clean"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_voc_numbers_equal_detectron2(cfg, tmp_path, seed):
+    write_voc(tmp_path / "voc", seed=seed)
+    register_datasets_of(cfg, voc=[["mine", str(tmp_path / "voc"), "some", ["a", "b"]]])
+
+    def predict(record):
+        rng = np.random.default_rng([seed, int(record["image_id"])])
+        return noisy_detections(record, rng, num_classes=2)
+
+    ours = build_evaluator(cfg, "mine")
+    assert isinstance(ours, VOCFolderEvaluator)
+    reference = evaluate(PascalVOCDetectionEvaluator("mine"), "mine", predict)
+    results = evaluate(ours, "mine", predict)
+    assert 5 < reference["AP"] < 95
+    for key in ("AP", "AP50", "AP75"):
+        assert results[key] == pytest.approx(reference[key], abs=1e-6)
+
+
+def test_voc_ground_truth_as_predictions_gives_100_and_absent_classes_do_not_count(cfg, tmp_path):
+    write_voc(tmp_path / "voc")
+    register_datasets_of(cfg, voc=[["mine", str(tmp_path / "voc"), "some", ["c", "a", "b"]]])
+
+    def predict(record):
+        wrong = detections([[0, 0, 9, 9]], [0], [0.9])
+        return Instances.cat([truth_as_detections(record), wrong])
+
+    results = evaluate(build_evaluator(cfg, "mine"), "mine", predict)
+    for key in ("AP", "AP50", "AP75", "AP-a", "AP-b"):
+        assert results[key] == pytest.approx(100), key
+    assert math.isnan(results["AP-c"])
+
+
+def test_voc_without_detections_is_ap_0(cfg, tmp_path):
+    write_voc(tmp_path / "voc")
+    register_datasets_of(cfg, voc=[["mine", str(tmp_path / "voc"), "some", ["a", "b"]]])
+    results = evaluate(
+        build_evaluator(cfg, "mine"), "mine", lambda record: detections(np.zeros((0, 4)), [], [])
+    )
+    assert results["AP"] == results["AP50"] == 0
+
+
+def test_a_second_detection_of_an_object_is_false():
+    once = [(np.array([[0.9]]), np.array([0.8]), np.array([False]))]
+    twice = [(np.array([[0.9], [0.9]]), np.array([0.7, 0.8]), np.array([False]))]
+    both = [*once, (np.array([[0.9], [0.9]]), np.array([0.9, 0.85]), np.array([False]))]
+    assert voc_average_precision(once, [0.5]) == 1
+    assert voc_average_precision(twice, [0.5, 0.95]).tolist() == [1, 0]
+    assert voc_average_precision(both, [0.5]) == pytest.approx(0.5 + 0.5 * 2 / 3)
+
+
+def test_difficult_objects_count_neither_way():
+    easy = (np.array([[0.9]]), np.array([0.5]), np.array([False]))
+    hard = (np.array([[0.9], [0.8]]), np.array([0.9, 0.8]), np.array([True]))
+    assert voc_average_precision([easy, hard], [0.5]) == 1
+    assert np.isnan(voc_average_precision([hard], [0.5])).all()
+
+
+def test_detectron2s_own_voc_datasets_keep_its_evaluator(cfg):
+    assert isinstance(build_evaluator(cfg, "voc_2007_test"), PascalVOCDetectionEvaluator)
+
+
+def _evaluate_half(rank, folder, coco, voc):
+    """One of two processes, each with every second image; rank 0 writes the results."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    cfg.OUTPUT_DIR = str(folder)
+    register_datasets_of(cfg, coco=[coco], voc=[voc])
+    results = []
+    for name in (coco[0], voc[0]):
+        evaluator = build_evaluator(cfg, name)
+        evaluator.reset()
+        for record in DatasetCatalog.get(name)[rank::2]:
+            evaluator.process([record], [{"instances": truth_as_detections(record)}])
+        results.append(evaluator.evaluate())
+    assert rank == 0 or results == [{}, {}]
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps([r["bbox"]["AP"] for r in results]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_gather_the_predictions_of_both(tmp_path):
+    coco = write_coco(tmp_path, ambiguous=True)
+    write_voc(tmp_path / "voc")
+    voc = ["other", str(tmp_path / "voc"), "some", ["a", "b"]]
+    torch.multiprocessing.spawn(_evaluate_half, (tmp_path, coco, voc), nprocs=2)
+    assert json.loads((tmp_path / "results.json").read_text()) == pytest.approx([100, 100])
+
+
+@pytest.mark.faults
+def test_an_empty_test_dataset_names_the_key(cfg, tmp_path):
+    (tmp_path / "voc/ImageSets/Main").mkdir(parents=True)
+    for part in ("Annotations", "JPEGImages"):
+        (tmp_path / "voc" / part).mkdir()
+    (tmp_path / "voc/ImageSets/Main/some.txt").touch()
+    coco = write_coco(tmp_path, images=0)
+    register_datasets_of(cfg, coco=[coco], voc=[["other", str(tmp_path / "voc"), "some", ["a"]]])
+    for name in ("mine", "other"):
+        with pytest.raises(ValueError, match=f"DATASETS.TEST: '{name}' has no images"):
+            build_evaluator(cfg, name)
+
+
+@pytest.mark.faults
+def test_a_dataset_of_another_kind_is_refused_by_name(cfg):
+    with pytest.raises(ValueError, match="DATASETS.TEST: 'ade20k_sem_seg_val'.*'sem_seg'"):
+        build_evaluator(cfg, "ade20k_sem_seg_val")
+
+
+def test_a_coco_dataset_that_somebody_else_registered_is_evaluated_too(cfg, tmp_path):
+    _, json_file, folder = write_coco(tmp_path)
+    register_coco_instances("foreign", {}, json_file, folder)
+    results = evaluate(build_evaluator(cfg, "foreign"), "foreign", truth_as_detections)
+    assert results["AP"] == pytest.approx(100)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not (REAL / "bccd").is_dir(), reason="no bccd in GLOBALKD_TEST_DATA")
+def test_bccd_ground_truth_as_predictions_gives_100(cfg):
+    register_datasets_of(cfg, voc=[["bccd", str(REAL / "bccd"), "test", BCCD]])
+    results = evaluate(build_evaluator(cfg, "bccd"), "bccd", truth_as_detections)
+    assert results["AP"] == results["AP50"] == results["AP75"] == pytest.approx(100)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not (REAL / "coco_cc").is_dir(), reason="no coco_cc in GLOBALKD_TEST_DATA")
+def test_real_coco_numbers_equal_pycocotools(cfg):
+    root = REAL / "coco_cc"
+    entry = ["cc", str(root / "annotations/instances_val2017.json"), str(root / "val2017")]
+    register_datasets_of(cfg, coco=[entry])
+
+    def predict(record):
+        return noisy_detections(record, np.random.default_rng(record["image_id"]), num_classes=80)
+
+    reference = evaluate(COCOEvaluator("cc", use_fast_impl=False), "cc", predict)
+    assert reference["AP"] > 5
+    assert_equal(evaluate(build_evaluator(cfg, "cc"), "cc", predict), reference)

@@ -1,0 +1,31 @@
+"""The course of the distillation weights."""
+
+import pytest
+
+from globalkd.schedule import weight_factor
+
+
+def factors(**changed):
+    settings = {"warmup_iters": 0, "stop_iter": 0, "decay": "none", "max_iter": 100}
+    return [weight_factor(i, **{**settings, **changed}) for i in range(100)]
+
+
+def test_without_settings_the_factor_is_one():
+    assert set(factors()) == {1.0}
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_decay_falls_from_one_towards_zero(decay):
+    course = factors(decay=decay)
+    assert course[0] == 1.0 and course[-1] < 0.011
+    assert all(a > b for a, b in zip(course, course[1:]))
+
+
+def test_warmup_rises_and_is_never_zero():
+    course = factors(warmup_iters=10)
+    assert 0 < course[0] < course[5] < course[10] == 1.0
+
+
+def test_after_the_stop_the_factor_is_zero():
+    course = factors(stop_iter=40)
+    assert course[39] == 1.0 and set(course[40:]) == {0.0}

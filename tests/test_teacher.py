@@ -1,0 +1,144 @@
+"""The teacher: the load gate, its channel order, and its predictions for given boxes."""
+
+import pytest
+import torch
+from conftest import ROOT, make_batch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from globalkd.teacher import Teacher, build_teacher, teacher_config
+
+QUICK = str(ROOT / "configs/quick/Base-digits-rcnn.yaml")
+SMALL = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.DEVICE", "cpu"]
+
+
+def teacher_of(opts=(), config=QUICK):
+    return build_teacher(config, "", [*SMALL, *opts], allow_random_weights=True)
+
+
+@pytest.fixture(scope="module")
+def rcnn():
+    return teacher_of()
+
+
+@pytest.fixture
+def weights(rcnn, tmp_path):
+    path = tmp_path / "teacher.pth"
+    torch.save({"model": rcnn.model.state_dict()}, path)
+    return path
+
+
+def test_complete_weights_load(rcnn, weights):
+    loaded = build_teacher(QUICK, str(weights), SMALL)
+    state = loaded.model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in rcnn.model.state_dict().items())
+
+
+@pytest.mark.faults
+def test_missing_entries_are_named(rcnn, weights):
+    state = rcnn.model.state_dict()
+    del state["roi_heads.box_head.fc1.weight"]
+    torch.save({"model": state}, weights)
+    with pytest.raises(ValueError, match="fills .* Missing.*roi_heads.box_head.fc1.weight"):
+        build_teacher(QUICK, str(weights), SMALL)
+
+
+@pytest.mark.faults
+def test_entries_of_another_shape_are_named(weights):
+    with pytest.raises(ValueError, match="of another shape: .*fc2"):
+        build_teacher(QUICK, str(weights), [*SMALL, "MODEL.ROI_BOX_HEAD.FC_DIM", 48])
+
+
+@pytest.mark.faults
+def test_no_weights_no_file_no_config():
+    with pytest.raises(ValueError, match="TEACHER.WEIGHTS is empty.*ALLOW_RANDOM_WEIGHTS"):
+        build_teacher(QUICK, "", SMALL)
+    with pytest.raises(FileNotFoundError, match="no file 'nowhere.pth'"):
+        build_teacher(QUICK, "nowhere.pth", SMALL)
+    with pytest.raises(FileNotFoundError, match="CONFIG_FILE is 'nope.yaml'.*model-zoo name"):
+        build_teacher("nope.yaml")
+
+
+def test_zoo_names_are_configs():
+    cfg = teacher_config("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml")
+    assert cfg.MODEL.RESNETS.DEPTH == 101
+
+
+def test_channel_order_follows_the_teacher(rcnn):
+    batch = make_batch([1, 1])
+    flipped = [{**x, "image": x["image"].flip(0)} for x in batch]
+    as_bgr, as_rgb = rcnn.features(batch, "BGR"), rcnn.features(flipped, "RGB")
+    assert all(torch.equal(as_bgr[k], as_rgb[k]) for k in as_bgr)
+
+
+def _inference_scores(model, batch, boxes):
+    """What the detector itself predicts for given boxes, by its own inference path."""
+    images = model.preprocess_image(batch)
+    features = model.backbone(images.tensor)
+    proposals = [Instances(s, proposal_boxes=Boxes(b)) for s, b in zip(images.image_sizes, boxes)]
+    heads = model.roi_heads
+    maps = [features[f] for f in heads.box_in_features]
+    pooled = heads.box_head(heads.box_pooler(maps, [p.proposal_boxes for p in proposals]))
+    scores = heads.box_predictor.predict_probs(heads.box_predictor(pooled), proposals)
+    return torch.cat(list(scores))
+
+
+def test_box_logits_are_the_detectors_own(rcnn):
+    batch = make_batch([3, 2])
+    boxes = [x["instances"].gt_boxes.tensor for x in batch]
+    sizes = [x["image"].shape[-2:] for x in batch]
+    logits = rcnn.box_logits(rcnn.features(batch, "BGR"), boxes, sizes)
+    with torch.no_grad():
+        torch.testing.assert_close(logits.softmax(1), _inference_scores(rcnn.model, batch, boxes))
+
+
+def test_cascade_logits_are_the_mean_of_the_stages(monkeypatch):
+    cascade = teacher_of(
+        [
+            "MODEL.ROI_HEADS.NAME",
+            "CascadeROIHeads",
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+            True,
+        ]
+    )
+    batch = make_batch([3, 2])
+    boxes = [x["instances"].gt_boxes.tensor for x in batch]
+    features = cascade.features(batch, "BGR")
+    logits = cascade.box_logits(features, boxes, [(64, 64)] * 2)
+    seen = {}
+    from detectron2.modeling.roi_heads import cascade_rcnn
+
+    def inference(boxes, scores, *args):
+        seen["scores"] = torch.cat(list(scores))
+        return [Instances((64, 64))] * 2, None
+
+    monkeypatch.setattr(cascade_rcnn, "fast_rcnn_inference", inference)
+    proposals = [Instances((64, 64), proposal_boxes=Boxes(b)) for b in boxes]
+    with torch.no_grad():
+        cascade.model.roi_heads._forward_box(features, proposals)
+    torch.testing.assert_close(logits.softmax(1), seen["scores"])
+
+
+def test_no_boxes_give_no_logits(rcnn):
+    batch = make_batch([0, 0])
+    logits = rcnn.box_logits(rcnn.features(batch, "BGR"), [torch.zeros(0, 4)] * 2, [(64, 64)] * 2)
+    assert logits.shape == (0, 11)
+
+
+def test_dense_logits_are_ordered_like_the_anchors():
+    config = str(ROOT / "configs/quick/Base-digits-retinanet.yaml")
+    teacher = build_teacher(config, "", SMALL[:2] + SMALL[4:], allow_random_weights=True)
+    features = teacher.features(make_batch([1, 1]), "BGR")
+    model = teacher.model
+    anchors = model.anchor_generator([features[f] for f in model.head_in_features])
+    logits = teacher.dense_outputs(features).flat_logits
+    assert logits.shape == (2, sum(len(a) for a in anchors), 10)
+
+
+def test_the_teacher_is_frozen_whatever_it_was():
+    cfg = teacher_config(QUICK, SMALL)
+    model = build_model(cfg).train()
+    teacher = Teacher(model, input_format="BGR")
+    assert not any(m.training for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert teacher.num_classes == 10

@@ -1,0 +1,214 @@
+"""Whole runs on tiny detectors: training, checkpoints, resuming, evaluation, export, embedding."""
+
+import copy
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from conftest import KINDS, ROOT, scene_datasets
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from globalkd.analysis.export import export_student, stock_config
+from globalkd.analysis.runs import load_run, read_metrics
+from globalkd.data import register_datasets
+from globalkd.trainer import DistillTrainer
+
+pytestmark = pytest.mark.slow
+both = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def run(cfg, *, resume=False):
+    """What train_net.py does, in this process."""
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
+    register_datasets(cfg)
+    torch.manual_seed(cfg.SEED)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(params=list(KINDS))
+def finished(request, tiny_cfg):
+    """A finished run of each detector: (cfg, trainer)."""
+    cfg = tiny_cfg(request.param, "SOLVER.MAX_ITER", 2)
+    return cfg, run(cfg)
+
+
+def test_a_checkpoint_holds_the_stock_detector_and_the_rest_beside_it(finished, caplog):
+    cfg, trainer = finished
+    saved = torch.load(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    stock = build_model(stock_config(cfg))
+    assert list(saved["model"]) == list(stock.state_dict())
+    assert any("adapters" in key for key in saved["distiller"])
+    assert any("bank" in key for key in saved["distiller"])
+    assert not any("teacher.backbone" in key for key in saved["distiller"])
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        DetectionCheckpointer(stock).load(str(Path(cfg.OUTPUT_DIR, "model_final.pth")))
+    assert not caplog.records
+
+
+def test_the_stock_predictor_reads_it_and_detects_the_same(finished, scenes):
+    cfg, trainer = finished
+    stock = stock_config(cfg)
+    stock.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    image = cv2.imread(str(next(Path(scenes, "val").glob("*.png"))))
+    theirs = DefaultPredictor(stock)(image)["instances"]
+    model = trainer.model.eval()
+    pixels = torch.as_tensor(image.transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        ours = model([{"image": pixels, "height": 64, "width": 64}])[0]["instances"]
+    torch.testing.assert_close(ours.scores, theirs.scores)
+
+
+def test_export_writes_what_stock_detectron2_reads(finished, tmp_path):
+    cfg, _ = finished
+    for name in ("student.pth", "student.safetensors"):
+        export_student(cfg.OUTPUT_DIR, str(tmp_path / name), num_images=2)
+        assert (tmp_path / name).stat().st_size > 0
+    with pytest.raises(ValueError, match=r"must end in .pth or .safetensors"):
+        export_student(cfg.OUTPUT_DIR, str(tmp_path / "student.onnx"))
+
+
+def test_a_loaded_run_has_its_prototypes_and_adapters(finished):
+    cfg, trainer = finished
+    model = load_run(cfg.OUTPUT_DIR, distiller=True)
+    assert model.distiller.bank.is_ready
+    expected = trainer.distiller.state_dict()
+    assert all(torch.equal(expected[k], v) for k, v in model.distiller.state_dict().items())
+
+
+def test_observations_are_logged(tiny_cfg):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 21)
+    run(cfg)
+    names = {name for record in read_metrics(cfg.OUTPUT_DIR) for name in record}
+    terms = {"loss_kd_global", "loss_kd_feature", "loss_kd_response"}
+    assert terms <= names and {f"kd/ratio_{t}" for t in terms} <= names
+    assert {"kd/reliability", "kd/discrepancy", "kd/num_instances", "bbox/AP"} <= names
+    assert {"kd/classes_covered", "kd/refresh_seconds"} <= names
+
+
+@both
+def test_resuming_goes_on_with_adapters_prototypes_and_optimizer(kind, tiny_cfg):
+    cfg = tiny_cfg(kind, "SOLVER.MAX_ITER", 2, "MODEL.GLOBALKD.PROTOTYPES.REFRESH_EPOCHS", 0.0)
+    first = run(cfg)
+    before = copy.deepcopy(first.distiller.bank.state_dict())
+    cfg.SOLVER.MAX_ITER = 3
+    second = run(cfg, resume=True)
+    assert second.start_iter == 2
+    after = second.distiller.bank.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before), "prototypes were made again"
+    momentum = first.optimizer.state_dict()["state"]
+    assert len(second.optimizer.state_dict()["state"]) == len(momentum) > 0
+
+
+def test_prototypes_are_refreshed_every_fraction_of_an_epoch(tiny_cfg):
+    cfg = tiny_cfg(
+        "rcnn", "MODEL.GLOBALKD.PROTOTYPES.REFRESH_EPOCHS", 0.5, "SOLVER.MAX_ITER", 7
+    )  # 12 images, 2 a step: an epoch is 6 steps
+    register_datasets(cfg)
+    trainer = DistillTrainer(cfg)
+    calls = []
+    refresher = trainer.distiller.refresher
+    original = refresher.refresh
+    refresher.refresh = lambda *a, **k: (calls.append(trainer.iter), original(*a, **k))[1]
+    trainer.train()
+    assert calls == [0, 3, 6]
+
+
+def test_the_teacher_is_evaluated_before_the_first_step_if_asked(tiny_cfg, caplog):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "MODEL.GLOBALKD.TEACHER.EVAL_IMAGES", 2)
+    with caplog.at_level(logging.INFO, logger="globalkd"):
+        run(cfg)
+    assert "Teacher before the first step" in caplog.text
+
+
+def test_train_net_trains_resumes_and_evaluates(tiny_cfg, tmp_path):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 2)
+    config = tmp_path / "config.yaml"
+    config.write_text(cfg.dump())
+    _train_net(config)
+    assert (
+        "resumed at iteration 2" in _train_net(config, "--resume", "SOLVER.MAX_ITER", "3").lower()
+    )
+    weights = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    output = _train_net(config, "--eval-only", "MODEL.WEIGHTS", weights)
+    assert "copypaste" in output and "Teacher" not in output
+
+
+def _train_net(config, *args):
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(config), *args]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+FOREIGN = """
+import sys, torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
+from globalkd import add_globalkd_config, register_datasets
+
+cfg = get_cfg()
+add_globalkd_config(cfg)
+cfg.merge_from_file(sys.argv[1])
+register_datasets(cfg)
+torch.manual_seed(0)
+trainer = DefaultTrainer(cfg)  # somebody else's trainer: it knows nothing of distillation
+trainer.resume_or_load(resume=False)
+trainer.train()
+model = trainer.model
+assert model.distiller.bank.is_ready
+assert any("loss_kd_global" in name for name in trainer.storage.histories())
+print("embedded")
+"""
+
+
+def test_a_foreign_project_needs_one_import_and_one_line_of_yaml(tiny_cfg, tmp_path):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ())
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    command = [sys.executable, "foreign.py", "config.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "embedded" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["gkd_R101_R50", "gkd_retinanet_R101_R50"])
+def test_lazy_configs_build_and_train_a_step(name, scenes, tiny_cfg, batch):
+    kind = "retinanet" if "retinanet" in name else "rcnn"
+    cfg = tiny_cfg(kind)
+    register_datasets(cfg)
+    lazy = LazyConfig.load(str(ROOT / f"configs/lazy/{name}.py")).model
+    teacher = lazy.distiller.teacher
+    teacher.allow_random_weights = True
+    teacher.config_file = cfg.MODEL.GLOBALKD.TEACHER.CONFIG_FILE
+    teacher.opts = ["MODEL.DEVICE", "cpu"]
+    lazy.distiller.refresher.source.datasets = [scene_datasets(scenes)[0][0]]
+    lazy.distiller.refresher.source.augmentations = []
+    lazy.distiller.refresher.source.min_box_size = 2.0
+    lazy.distiller.refresher.source.num_workers = 0
+    _ten_classes(lazy, kind)
+    model = instantiate(lazy).train()
+    with EventStorage():
+        losses = model(batch)
+    assert losses["loss_kd_global"] > 0
+    sum(losses.values()).backward()
+
+
+def _ten_classes(lazy, kind):
+    """As many classes as the scenes have."""
+    if kind == "rcnn":
+        lazy.roi_heads.num_classes = 10
+    else:
+        lazy.num_classes = 10
+        lazy.distiller.losses = lazy.distiller.losses[:2]  # the quick teacher has other anchors
