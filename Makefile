@@ -4,9 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SEEDS  ?= 1
+JOBS   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs clean
+.PHONY: help setup demo compare reproduce results test lint format docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -23,6 +24,16 @@ $(STAMP): setup.py constraints.txt tools/install_detectron2.py
 demo: $(STAMP)  ## Train teacher, plain and distilled student on digit scenes; write output/demo (SEEDS=3 for three)
 	$(BIN)/python tools/demo.py --output output/demo --seeds $(SEEDS)
 
+reproduce: $(STAMP)  ## Run a table of experiments (TABLE=digits_modules SEEDS=3), resumable; see results/tables
+	$(BIN)/python tools/reproduce.py $(TABLE) --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
+
+compare: TABLE = digits_methods digits_methods_retinanet
+compare: SEEDS = 2
+compare: reproduce  ## Compare every method on digit scenes, two seeds each
+
+results: $(STAMP)  ## Render docs/results.md and the README's results from the files in results/
+	$(BIN)/python tools/results.py
+
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest tests
 
@@ -30,6 +41,7 @@ lint: $(STAMP)  ## Check style and the docs that are generated
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/config_reference.py --check docs/config.md
+	$(BIN)/python tools/results.py --check
 
 format: $(STAMP)  ## Reformat the code
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,7 @@ setup(
         "numpy>=1.23",
         "opencv-python>=4.8",
         "scikit-learn>=1.3",
+        "scipy>=1.9",
         "safetensors>=0.4",
         "matplotlib>=3.6",
         "tensorboard>=2.12",

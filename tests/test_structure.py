@@ -15,6 +15,8 @@ LEVELS = {
     "structures": 0,
     "schedule": 0,
     "sparse_coding": 0,
+    "visualization": 0,
+    "wandb_writer": 0,
     "data": 1,
     "features": 1,
     "projection": 1,
@@ -32,6 +34,7 @@ LEVELS = {
     "hooks": 6,
     "analysis": 7,
     "trainer": 7,
+    "experiments": 8,
     "__init__": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

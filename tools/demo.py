@@ -7,82 +7,33 @@ output folder. Finished parts are kept, so that an interrupted demo goes on wher
 
 import argparse
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from globalkd.analysis.demo_figures import draw_curves, draw_detections, draw_reliability
-from globalkd.analysis.runs import read_metrics
 from globalkd.data import make_digit_scenes
+from globalkd.experiments.training import METRICS, TrainingFailed, summarize, train
 
 ROOT = Path(__file__).resolve().parent.parent
-METRICS = {
-    "AP": "bbox/AP",
-    "AP50": "bbox/AP50",
-    "AP75": "bbox/AP75",
-    "AP_clean": "bbox/AP-clean",
-    "AP_ambiguous": "bbox/AP-ambiguous",
-}
 
 
-def train(folder, config, opts):
-    """Run train_net.py unless the folder holds its finished result; show its progress."""
-    folder = Path(folder)
-    done = folder / "model_final.pth"
-    if done.exists() and any("bbox/AP" in r for r in read_metrics(folder)):
-        print(f"[{folder.name}] finished before, kept")
-        return folder
-    command = [sys.executable, "train_net.py", "--config-file", config, "--resume"]
-    command += [*opts, "OUTPUT_DIR", str(folder)]
-    print("$", shlex.join(["python", *command[1:]]))
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "console.txt"
-    with log.open("a") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
-        _follow(process, folder)
-    if process.returncode:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
-        raise SystemExit(f"{folder.name} failed (exit {process.returncode}). End of {log}:\n{tail}")
-    return folder
-
-
-def _follow(process, folder):
-    """Show a bar while a training runs, from the records that it writes."""
-    with tqdm(desc=folder.name, unit="step") as bar:
-        while process.poll() is None:
-            records = read_metrics(folder)
-            if records:
-                bar.n = records[-1]["iteration"] + 1
-                losses = [r["total_loss"] for r in records if "total_loss" in r]
-                bar.set_postfix(loss=f"{losses[-1]:.2f}" if losses else "-")
-            time.sleep(1.0)
-
-
-def summarize(folder):
-    """A run's final metrics, checkpoint and median seconds a step."""
-    records = read_metrics(folder)
-    final = [r for r in records if "bbox/AP" in r][-1]
-    result = {name: round(final[key], 2) for name, key in METRICS.items()}
-    result["checkpoint"] = str(folder / "model_final.pth")
-    result["seconds_per_step"] = round(
-        statistics.median(r["time"] for r in records if "time" in r), 3
-    )
-    return result
+def train_here(folder, config, opts):
+    """Train by train_net.py; the demo ends where a training fails."""
+    try:
+        return train(ROOT, folder, config, opts)
+    except TrainingFailed as error:
+        raise SystemExit(str(error)) from error
 
 
 def run_seed(output, teacher, seed, data_opts):
     """Train the common start, then the plain and the distilled student from it."""
     opts = [*data_opts, "SEED", str(seed)]
-    start = train(output / f"start_seed{seed}", "configs/quick/start_R18.yaml", opts)
+    start = train_here(output / f"start_seed{seed}", "configs/quick/start_R18.yaml", opts)
     opts += ["MODEL.WEIGHTS", str(start / "model_final.pth")]
-    plain = train(output / f"plain_seed{seed}", "configs/quick/student_R18.yaml", opts)
+    plain = train_here(output / f"plain_seed{seed}", "configs/quick/student_R18.yaml", opts)
     weights = ["MODEL.GLOBALKD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
-    distilled = train(
+    distilled = train_here(
         output / f"distilled_seed{seed}", "configs/quick/gkd_R34_R18.yaml", opts + weights
     )
     return plain, distilled
@@ -90,7 +41,9 @@ def run_seed(output, teacher, seed, data_opts):
 
 def collect(folders):
     """Lists over seeds: metric name -> values."""
-    rows = [summarize(folder) for folder in folders]
+    rows = [
+        {**summarize(folder), "checkpoint": str(folder / "model_final.pth")} for folder in folders
+    ]
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
@@ -124,7 +77,9 @@ def main():
         for split in ("train", "val")
     ]
     data_opts = ["DATASETS.COCO", repr(datasets)]
-    teacher = train(output / "teacher", "configs/quick/teacher_R34.yaml", [*data_opts, "SEED", "1"])
+    teacher = train_here(
+        output / "teacher", "configs/quick/teacher_R34.yaml", [*data_opts, "SEED", "1"]
+    )
     pairs = [run_seed(output, teacher, seed, data_opts) for seed in range(1, args.seeds + 1)]
     plains, distilleds = zip(*pairs)
     results = {

@@ -13,6 +13,7 @@ def main():
     parser.add_argument("--output", default="datasets/digit_scenes", help="folder to write")
     parser.add_argument("--train", type=int, default=1000, help="training scenes")
     parser.add_argument("--val", type=int, default=200, help="validation scenes")
+    parser.add_argument("--test", type=int, default=0, help="test scenes, of val's digits")
     parser.add_argument("--image-size", type=int, default=128, help="side of a scene in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     parser.add_argument(
@@ -23,12 +24,13 @@ def main():
         args.output,
         num_train=args.train,
         num_val=args.val,
+        num_test=args.test,
         image_size=args.image_size,
         seed=args.seed,
         ambiguous_share=args.ambiguous_share,
     )
     print("For a config:\nDATASETS:\n  COCO:")
-    for split in ("train", "val"):
+    for split in ("train", "val", *(["test"] if args.test else [])):
         print(f'    - ["digit_scenes_{split}", "{root}/{split}.json", "{root}/{split}"]')
 
 

@@ -21,7 +21,7 @@ from .scene_drawing import encode_png
 
 # To be raised when the same settings give other scenes: stale files are then made anew.
 VERSION = 2
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")
 VAL_SHARE_OF_SAMPLES = 0.25
 
 
@@ -30,6 +30,7 @@ def make_digit_scenes(
     *,
     num_train: int,
     num_val: int,
+    num_test: int = 0,
     image_size: int = 128,
     seed: int = 0,
     ambiguous_share: float = 0.3,
@@ -38,13 +39,15 @@ def make_digit_scenes(
     """Write digit scenes as COCO JSON and PNG: train.json, val.json, train/*.png, val/*.png.
 
     The same arguments give the same bytes. Scene i of a split does not depend on how many scenes
-    there are. The two splits are drawn from disjoint sets of handwritten samples. Files appear
-    all at once when they are complete; scenes with the same settings on disk are kept.
+    there are. "train" is drawn from other handwritten samples than "val" and "test", which show the
+    same samples in other scenes: tune on "val", report "test". Files appear all at once when they
+    are complete; scenes with the same settings on disk are kept.
 
     Args:
         root: the dataset's folder. One that holds digit scenes of other settings is replaced.
         num_train: scenes in "train".
         num_val: scenes in "val".
+        num_test: scenes in "test"; 0 writes no such split.
         image_size: side of a scene in pixels, at least 64.
         seed: of every random choice.
         ambiguous_share: expected share of ambiguous digits, in [0, 1].
@@ -57,10 +60,10 @@ def make_digit_scenes(
         ValueError: an argument is out of range.
         FileExistsError: `root` holds something other than digit scenes.
     """
-    _check_arguments(num_train, num_val, image_size, ambiguous_share, digits_per_scene)
+    _check_arguments(num_train, num_val, num_test, image_size, ambiguous_share, digits_per_scene)
     settings = {
         "version": VERSION,
-        "scenes": {"train": num_train, "val": num_val},
+        "scenes": {"train": num_train, "val": num_val, **({"test": num_test} if num_test else {})},
         "image_size": image_size,
         "seed": seed,
         "ambiguous_share": ambiguous_share,
@@ -75,7 +78,7 @@ def make_digit_scenes(
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        for split in SPLITS:
+        for split in settings["scenes"]:
             _write_split(partial, split, settings)
         _publish(partial, target, settings)
     finally:
@@ -83,11 +86,14 @@ def make_digit_scenes(
     return Path(root)
 
 
-def _check_arguments(num_train, num_val, image_size, ambiguous_share, digits_per_scene) -> None:
-    if min(num_train, num_val) < 0 or image_size < 64 or not 0 <= ambiguous_share <= 1:
+def _check_arguments(
+    num_train, num_val, num_test, image_size, ambiguous_share, digits_per_scene
+) -> None:
+    if min(num_train, num_val, num_test) < 0 or image_size < 64 or not 0 <= ambiguous_share <= 1:
         raise ValueError(
-            "digit scenes need num_train, num_val >= 0, image_size >= 64 and ambiguous_share in "
-            f"[0, 1]; got {num_train}, {num_val}, {image_size} and {ambiguous_share}"
+            "digit scenes need num_train, num_val, num_test >= 0, image_size >= 64 and "
+            f"ambiguous_share in [0, 1]; got {num_train}, {num_val}, {num_test}, {image_size} and "
+            f"{ambiguous_share}"
         )
     if not 1 <= digits_per_scene[0] <= digits_per_scene[1]:
         raise ValueError(f"digits_per_scene should be (fewest, most), not {digits_per_scene}")
@@ -105,14 +111,17 @@ def _publish(partial: Path, target: Path, settings: Dict) -> None:
 
 
 def _settings_on_disk(root: Path) -> Optional[Dict]:
-    """Settings of the digit scenes in `root`; None where there are none, or not both splits."""
-    found = []
-    for split in SPLITS:
-        try:
-            found.append(json.loads((root / f"{split}.json").read_bytes())["info"]["digit_scenes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return found[0] if found[0] == found[1] else None
+    """Settings of the digit scenes in `root`; None where there are none, or not every split."""
+    try:
+        settings = _settings_of_split(root, "train")
+        complete = all(_settings_of_split(root, s) == settings for s in settings["scenes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return settings if complete else None
+
+
+def _settings_of_split(root: Path, split: str) -> Dict:
+    return json.loads((root / f"{split}.json").read_bytes())["info"]["digit_scenes"]
 
 
 def _write_split(folder: Path, split: str, settings: Dict) -> None:

@@ -1,0 +1,150 @@
+"""What is run: a table is a list of rows (a configuration and overrides), run with several seeds.
+
+Tables are YAML files in `results/tables/`. Students of a table share one teacher and, for each
+seed, one start, so that they differ by their row alone. The same run of two tables is run once.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import yaml
+
+TABLE_KEYS = {"title", "note", "data", "teacher", "start", "baseline", "metric", "paper", "rows"}
+ROW_KEYS = {"name", "config", "opts", "teacher", "start", "paper"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        config: path of its configuration, relative to the repository.
+        seed: SEED.
+        opts: further KEY VALUE pairs.
+        teacher, start: trainings whose final weights it needs.
+    """
+
+    config: str
+    seed: int
+    opts: Tuple[str, ...] = ()
+    teacher: Optional["Run"] = None
+    start: Optional["Run"] = None
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and of its result: configuration, overrides' digest, seed."""
+        stem = str(Path(self.config).with_suffix("")).removeprefix("configs/").replace("/", "-")
+        about = [*self.opts]
+        about += [run.name for run in (self.teacher, self.start) if run]
+        digest = hashlib.sha1("\0".join(about).encode()).hexdigest()[:6]
+        return f"{stem}{f'-{digest}' if about else ''}_seed{self.seed}"
+
+    def options(self, output: Path) -> List[str]:
+        """KEY VALUE pairs of its command; weights lie in folders below `output`."""
+        opts = ["SEED", str(self.seed), *self.opts]
+        if self.start:
+            opts += ["MODEL.WEIGHTS", str(output / self.start.name / "model_final.pth")]
+        if self.teacher:
+            weights = str(output / self.teacher.name / "model_final.pth")
+            opts += ["MODEL.GLOBALKD.TEACHER.WEIGHTS", weights]
+        return opts
+
+
+@dataclass
+class Row:
+    """A row of a table: its name, its runs by seed, and the paper's value where there is one."""
+
+    name: str
+    runs: Dict[int, Run]
+    paper: Optional[float] = None
+
+
+@dataclass
+class Table:
+    """A matrix of runs.
+
+    Attributes:
+        title, note: for the reader.
+        data: name of the data set, see `DATA` of tools/reproduce.py.
+        rows: in the order of the table.
+        baseline: name of the row that the others are compared with, seed by seed.
+        metric: the metric of that comparison.
+        paper: what the rows' paper values are, for example "AP50, VOC 07+12".
+    """
+
+    title: str
+    data: str
+    rows: List[Row]
+    baseline: str
+    metric: str = "AP"
+    paper: str = ""
+    note: str = ""
+    name: str = field(default="")
+
+    def runs(self) -> List[Run]:
+        """Every training, those that others need first; each once."""
+        ordered: Dict[str, Run] = {}
+        for row in self.rows:
+            for run in row.runs.values():
+                for needed in (run.teacher, run.start, run):
+                    if needed:
+                        ordered.setdefault(needed.name, needed)
+        depth = {name: bool(run.teacher or run.start) for name, run in ordered.items()}
+        return sorted(ordered.values(), key=lambda run: (depth[run.name], run.seed))
+
+
+def load_table(path: Path, seeds: int) -> Table:
+    """Read a table's YAML file.
+
+    Args:
+        path: the file.
+        seeds: 1 to this number are run for each row.
+
+    Raises:
+        FileNotFoundError: no such table; the message lists those that there are.
+        ValueError: an unknown key, or a row without a name or configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise FileNotFoundError(f"There is no table '{path.stem}'. There are: {known}.")
+    content = yaml.safe_load(path.read_text())
+    _check_keys(path, "", content, TABLE_KEYS, {"title", "data", "baseline", "rows"})
+    rows = [_read_row(path, content, row, seeds) for row in content["rows"]]
+    names = [row.name for row in rows]
+    if content["baseline"] not in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{path}: the rows' names must differ and 'baseline' be one of them; names are {names},"
+            f" baseline is {content['baseline']!r}."
+        )
+    texts = {k: v for k, v in content.items() if k not in ("rows", "teacher", "start")}
+    return Table(rows=rows, name=path.stem, **texts)
+
+
+def _read_row(path: Path, table: dict, row: dict, seeds: int) -> Row:
+    _check_keys(path, f"row {row.get('name')!r}: ", row, ROW_KEYS, {"name", "config"})
+    teacher = row.get("teacher", table.get("teacher"))
+    start = row.get("start", table.get("start"))
+    if row["config"] == teacher:  # the teacher's own row
+        runs = {1: Run(teacher, 1)}
+    else:
+        runs = {
+            seed: Run(
+                row["config"],
+                seed,
+                tuple(str(opt) for opt in row.get("opts", ())),
+                Run(teacher, 1) if teacher else None,
+                Run(start, seed) if start else None,
+            )
+            for seed in range(1, seeds + 1)
+        }
+    return Row(row["name"], runs, row.get("paper"))
+
+
+def _check_keys(path: Path, where: str, found: dict, known: set, needed: set) -> None:
+    if extra := sorted(set(found) - known):
+        raise ValueError(f"{path}: {where}unknown keys {extra}; known are {sorted(known)}.")
+    if missing := sorted(needed - set(found)):
+        raise ValueError(f"{path}: {where}lacks {missing}.")

@@ -1,0 +1,146 @@
+"""Results of runs as tables: mean and spread over seeds, paired differences, Markdown and CSV."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+from scipy.stats import t as student_t
+
+from .matrix import Row, Table
+
+Results = Dict[str, dict]  # name of a run -> its result file's content
+
+COLUMNS = {
+    "AP": "AP",
+    "AP50": "AP50",
+    "AP75": "AP75",
+    "AP_clean": "AP clean",
+    "AP_ambiguous": "AP ambiguous",
+    "seconds_per_step": "s / step",
+}
+
+
+def read_results(folder: Path) -> Results:
+    """The result files of a folder, by the name of their run."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Dict[str, float]:
+    """Mean difference of pairs and half the width of its 95 % confidence interval (Student's t).
+
+    Returns:
+        {"mean", "half_width"}; half_width is NaN for a single pair.
+    """
+    differences = [a - b for a, b in zip(values, baseline)]
+    count = len(differences)
+    half_width = math.nan
+    if count > 1:
+        quantile = float(student_t.ppf(0.975, count - 1))
+        half_width = quantile * statistics.stdev(differences) / math.sqrt(count)
+    return {"mean": statistics.mean(differences), "half_width": half_width}
+
+
+def summarize_rows(table: Table, results: Results) -> List[dict]:
+    """One record for each row: its seeds, its metrics, and its difference from the baseline.
+
+    Runs without a result are left out, and `seeds` says which are there.
+    """
+    baseline = next(row for row in table.rows if row.name == table.baseline)
+    return [_summarize(row, baseline, table.metric, results) for row in table.rows]
+
+
+def _summarize(row: Row, baseline: Row, metric: str, results: Results) -> dict:
+    found = {seed: results[run.name] for seed, run in row.runs.items() if run.name in results}
+    metrics = {
+        name: [r["metrics"][name] for r in found.values()]
+        for name in COLUMNS
+        if found and all(name in r["metrics"] for r in found.values())
+    }
+    pairs = [
+        (found[seed]["metrics"][metric], results[run.name]["metrics"][metric])
+        for seed, run in baseline.runs.items()
+        if row is not baseline and seed in found and run.name in results
+    ]
+    # A teacher is of one seed and no pair of a student.
+    paired = pairs and set(found) == set(baseline.runs)
+    difference = paired_difference(*zip(*pairs)) if paired else None
+    return {
+        "name": row.name,
+        "seeds": sorted(found),
+        "missing": sorted(set(row.runs) - set(found)),
+        "metrics": metrics,
+        "difference": difference,
+        "paper": row.paper,
+    }
+
+
+def render_markdown(table: Table, results: Results) -> str:
+    """The table, its note, and what is missing, as Markdown."""
+    records = summarize_rows(table, results)
+    columns = [name for name in COLUMNS if any(name in r["metrics"] for r in records)]
+    papers = any(r["paper"] is not None for r in records)
+    header = ["", *(COLUMNS[c] for c in columns), f"{table.metric} - {table.baseline}"]
+    header += [f"paper ({table.paper})"] if papers else []
+    lines = [f"### {table.title}", ""]
+    lines += [table.note.strip(), ""] if table.note else []
+    lines += [_line(header), "|---" * len(header) + "|"]
+    for record in records:
+        cells = [record["name"]]
+        cells += [_mean_and_spread(record["metrics"].get(column)) for column in columns]
+        cells.append(_difference(record["difference"]))
+        if papers:
+            cells.append("" if record["paper"] is None else f"{record['paper']:g}")
+        lines.append(_line(cells))
+    seeds = {tuple(r["seeds"]) for r in records if r["difference"] or r["name"] == table.baseline}
+    lines += ["", _footnote(table, records, seeds)]
+    return "\n".join(lines) + "\n"
+
+
+def _footnote(table: Table, records: List[dict], seeds) -> str:
+    count = max((len(s) for s in seeds), default=0)
+    text = (
+        f"Mean ± standard deviation over {count} seeds; differences are paired by seed, with 95 % "
+        "confidence intervals (Student's t)."
+    )
+    if count < 2:
+        text = "One seed: the spread is not known."
+    missing = [f"{r['name']} (seeds {r['missing']})" for r in records if r["missing"]]
+    return text + (f" Not run yet: {', '.join(missing)}." if missing else "")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mean_and_spread(values: Optional[Sequence[float]]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _difference(difference: Optional[dict]) -> str:
+    if difference is None:
+        return ""
+    if math.isnan(difference["half_width"]):
+        return f"{difference['mean']:+.2f}"
+    return f"{difference['mean']:+.2f} ± {difference['half_width']:.2f}"
+
+
+def render_csv(table: Table, results: Results) -> str:
+    """One line for each run: row, seed, metrics, command, commit."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["table", "row", "seed", *COLUMNS, "commit", "command"])
+    for row in table.rows:
+        for seed, run in row.runs.items():
+            if run.name in results:
+                result = results[run.name]
+                metrics = [result["metrics"].get(name, "") for name in COLUMNS]
+                line = [table.name, row.name, seed, *metrics, result["commit"], result["command"]]
+                writer.writerow(line)
+    return stream.getvalue()

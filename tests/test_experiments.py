@@ -1,0 +1,216 @@
+"""Tables of experiments: definitions, the runs they need, resuming, and how they are shown."""
+
+import csv
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from globalkd.experiments.matrix import Run, load_table
+from globalkd.experiments.tables import paired_difference, render_csv, render_markdown
+from globalkd.experiments.training import TrainingFailed, is_finished, summarize, train
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = sorted((ROOT / "results/tables").glob("*.yaml"))
+
+DEFINITION = """
+title: "Small"
+data: digits
+teacher: configs/t.yaml
+start: configs/s.yaml
+baseline: plain
+paper: "AP, elsewhere"
+rows:
+  - {name: teacher, config: configs/t.yaml, start: false}
+  - {name: plain, config: configs/p.yaml, teacher: false}
+  - {name: ours, config: configs/d.yaml, opts: [KEY, 2], paper: 40.5}
+"""
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(DEFINITION)
+    return load_table(path, seeds=3)
+
+
+def results_of(table, values):
+    """Result files' contents for a table: row name -> AP by seed."""
+    rows = {row.name: row for row in table.rows}
+    return {
+        rows[name].runs[seed].name: {"metrics": {"AP": ap}, "commit": "c", "command": f"train {ap}"}
+        for name, aps in values.items()
+        for seed, ap in enumerate(aps, 1)
+    }
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_table_is_made_of_configs_that_exist(path):
+    runs = load_table(path, seeds=2).runs()
+    assert all((ROOT / run.config).is_file() for run in runs)
+    assert len({run.name for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_rows_of_a_table_differ(path):
+    table = load_table(path, seeds=1)
+    defaults = ("epochs", "= 1.0", "P = 10", "lambda = 10.0", "weight = 5.0")  # written out
+    names = [r.runs[1].name for r in table.rows if not any(d in r.name for d in defaults)]
+    assert len(set(names)) == len(names)
+
+
+def test_students_share_the_teacher_and_a_start_for_each_seed(table):
+    runs = table.runs()
+    assert [run.config for run in runs].count("configs/t.yaml") == 1
+    assert [run.config for run in runs].count("configs/s.yaml") == 3
+    assert len(runs) == 1 + 3 + 3 + 3
+    plain, ours = table.rows[1].runs[2], table.rows[2].runs[2]
+    assert plain.start == ours.start and plain.teacher is None
+    output = Path("/out")
+    assert ours.options(output) == [
+        *("SEED", "2", "KEY", "2", "MODEL.WEIGHTS", f"/out/{ours.start.name}/model_final.pth"),
+        *("MODEL.GLOBALKD.TEACHER.WEIGHTS", f"/out/{ours.teacher.name}/model_final.pth"),
+    ]
+
+
+def test_what_is_needed_comes_first(table):
+    seen = set()
+    for run in table.runs():
+        assert all(needed.name in seen for needed in (run.teacher, run.start) if needed)
+        seen.add(run.name)
+
+
+def test_a_runs_name_tells_every_difference():
+    runs = [
+        Run("configs/a/b.yaml", 1),
+        Run("configs/a/b.yaml", 2),
+        Run("configs/a/b.yaml", 1, ("K", "1")),
+        Run("configs/a/b.yaml", 1, teacher=Run("configs/t.yaml", 1)),
+        Run("configs/a/b.yaml", 1, start=Run("configs/s.yaml", 1)),
+    ]
+    assert len({run.name for run in runs}) == len(runs)
+    assert runs[0].name == "a-b_seed1"
+
+
+def test_the_paired_interval_is_students_t():
+    found = paired_difference([3.0, 5.0, 7.0], [2.0, 3.0, 4.0])  # differences 1, 2, 3
+    assert found["mean"] == 2
+    assert found["half_width"] == pytest.approx(4.30265 * 1 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(paired_difference([1.0], [2.0])["half_width"])
+
+
+def test_the_table_shows_means_pairs_and_the_papers_number(table):
+    results = results_of(table, {"teacher": [70.0], "plain": [40, 44, 48], "ours": [43, 46, 49]})
+    text = render_markdown(table, results)
+    assert "| teacher | 70.00 |  |  |" in text
+    assert "| plain | 44.00 ± 4.00 |" in text
+    assert "| ours | 46.00 ± 3.00 | +2.00 ± 2.48 | 40.5 |" in text
+    assert "Not run yet" not in text
+
+
+def test_what_was_not_run_is_said(table):
+    results = results_of(table, {"teacher": [70.0], "plain": [40, 44, 48], "ours": [43]})
+    text = render_markdown(table, results)
+    assert "Not run yet: ours (seeds [2, 3])" in text
+    assert "| ours | 43.00 |  |" in text  # no difference from pairs that are not there
+
+
+def test_csv_has_a_line_for_each_run(table):
+    results = results_of(table, {"plain": [40, 44, 48], "ours": [43]})
+    lines = list(csv.DictReader(io.StringIO(render_csv(table, results))))
+    assert [(line["row"], line["seed"], line["AP"]) for line in lines] == [
+        *(("plain", str(s), ap) for s, ap in ((1, "40"), (2, "44"), (3, "48"))),
+        ("ours", "1", "43"),
+    ]
+    assert lines[-1]["command"] == "train 43"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("title:", "titel:"), "unknown keys \\['titel'\\]"),
+        (("baseline: plain", "baseline: other"), "baseline is 'other'"),
+        (("config: configs/d.yaml, ", ""), "row 'ours': lacks \\['config'\\]"),
+        (("name: ours", "name: plain"), "names must differ"),
+    ],
+)
+def test_a_wrong_table_is_refused(tmp_path, change, message):
+    path = tmp_path / "small.yaml"
+    path.write_text(DEFINITION.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        load_table(path, seeds=1)
+
+
+@pytest.mark.faults
+def test_an_unknown_table_lists_the_known(tmp_path):
+    (tmp_path / "small.yaml").write_text(DEFINITION)
+    with pytest.raises(FileNotFoundError, match="no table 'large'. There are: small"):
+        load_table(tmp_path / "large.yaml", seeds=1)
+
+
+FAKE_TRAINING = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("OUTPUT_DIR") + 1])
+calls = folder / "calls"
+calls.write_text((calls.read_text() if calls.exists() else "") + "x")
+if "FAIL" in sys.argv:
+    sys.exit("no such key: FAIL")
+records = [{"iteration": 9, "time": t, "total_loss": 1.0} for t in (1.0, 2.0, 9.0)]
+records.append({"iteration": 10, "bbox/AP": 12.345, "bbox/AP50": 30.0})
+(folder / "metrics.json").write_text("".join(json.dumps(r) + "\\n" for r in records))
+(folder / "model_final.pth").touch()
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "train_net.py").write_text(FAKE_TRAINING)
+    return tmp_path
+
+
+def test_a_finished_training_is_kept(root):
+    folder = train(root, root / "run", "c.yaml", ["SEED", "1"])
+    train(root, folder, "c.yaml", ["SEED", "1"])
+    assert (folder / "calls").read_text() == "x" and is_finished(folder)
+    assert summarize(folder) == {"AP": 12.35, "AP50": 30.0, "seconds_per_step": 2.0}
+
+
+def test_an_unfinished_training_goes_on(root):
+    folder = train(root, root / "run", "c.yaml", [])
+    (folder / "model_final.pth").unlink()
+    train(root, folder, "c.yaml", [])
+    assert (folder / "calls").read_text() == "xx"
+
+
+@pytest.mark.faults
+def test_a_folder_of_another_command_is_refused(root):
+    folder = train(root, root / "run", "c.yaml", ["SEED", "1"])
+    with pytest.raises(ValueError, match="made by another command: .*SEED 1"):
+        train(root, folder, "c.yaml", ["SEED", "2"])
+
+
+@pytest.mark.faults
+def test_a_failed_training_shows_the_end_of_its_log(root):
+    with pytest.raises(TrainingFailed, match="run failed \\(exit 1\\).*\n.*no such key: FAIL"):
+        train(root, root / "run", "c.yaml", ["FAIL", "1"])
+
+
+def test_the_pages_of_results_say_what_the_result_files_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    sys.modules.pop("results", None)
+    import results
+
+    assert results.PAGE.read_text() == results.render_page()
+    assert results.README.read_text() == results.render_readme()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/*.json")), ids=lambda p: p.stem)
+def test_a_result_file_is_complete(path):
+    result = json.loads(path.read_text())
+    assert {"config", "seed", "command", "commit", "machine", "metrics"} <= set(result)
+    assert str(ROOT) not in path.read_text() and "/tmp/" not in path.read_text()
+    assert "+changes" not in result["commit"]

@@ -1,0 +1,176 @@
+#!/usr/bin/env python
+"""Run a table of experiments: every row with every seed, then Markdown and CSV of the results.
+
+    tools/reproduce.py digits_modules --seeds 3
+    tools/reproduce.py coco_main --num-gpus 8
+
+Tables lie in results/tables/. Finished runs are kept and interrupted ones resumed, so that the same
+command goes on where it stopped. A run that fails does not end the others; it is named at the end.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import detectron2
+import torch
+import torchvision
+from tqdm import tqdm
+
+from globalkd.data import make_digit_scenes
+from globalkd.experiments.matrix import load_table
+from globalkd.experiments.tables import read_results, render_csv, render_markdown
+from globalkd.experiments.training import summarize, train, training_command
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "results/tables"
+
+
+def digit_scenes(folder):
+    """Digit scenes as overrides: trained on "train", evaluated on "test", which tuned nothing."""
+    make_digit_scenes(folder, num_train=1000, num_val=200, num_test=400)
+    names = {split: f"digit_scenes_{split}" for split in ("train", "test")}
+    datasets = [[n, f"{folder}/{split}.json", f"{folder}/{split}"] for split, n in names.items()]
+    return [
+        *("DATASETS.COCO", repr(datasets), "DATASETS.TRAIN", repr((names["train"],))),
+        *("DATASETS.TEST", repr((names["test"],)), "TEST.EVAL_PERIOD", "0"),
+    ]
+
+
+def bccd(folder):
+    """BCCD (blood cells, VOC layout) from a folder of the user's, as overrides."""
+    if not Path(folder, "ImageSets/Main").is_dir():
+        raise SystemExit(f"--data {folder}: no VOC folder (ImageSets/Main is not there).")
+    classes = ["RBC", "WBC", "Platelets"]
+    datasets = [[f"bccd_{s}", str(folder), s, classes] for s in ("trainval", "test")]
+    return ["DATASETS.VOC", repr(datasets)]
+
+
+# How the data of a table comes to be. The others are Detectron2's own: $DETECTRON2_DATASETS.
+DATA = {"digits": digit_scenes, "bccd": bccd, "coco": lambda _: [], "voc": lambda _: []}
+
+
+def machine(args):
+    """What the numbers were made on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "gpu": gpu,
+        "cpu_cores": os.cpu_count(),
+        "threads": args.threads,
+        "jobs": args.jobs,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "detectron2": detectron2.__version__,
+    }
+
+
+def commit():
+    """The checked-out commit, "+changes" behind it where the tree has any."""
+    text = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return text.stdout.strip() or "unknown"
+
+
+def execute(run, args, data_opts, position):
+    """Train one run, then write its result file."""
+    opts = [*data_opts, *run.options(args.output)]
+    folder = args.output / run.name
+    train(
+        ROOT,
+        folder,
+        run.config,
+        opts,
+        threads=args.threads,
+        num_gpus=args.num_gpus,
+        position=position,
+    )
+    path = args.results / f"{run.name}.json"
+    if path.exists():
+        return
+    relative = [shlex.quote(c) for c in training_command(run.config, opts, folder, args.num_gpus)]
+    result = {
+        "config": run.config,
+        "seed": run.seed,
+        "opts": list(run.opts),
+        "teacher": run.teacher.name if run.teacher else None,
+        "start": run.start.name if run.start else None,
+        "command": "python " + " ".join(relative).replace(f"{ROOT}/", ""),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(args),
+        "metrics": summarize(folder),
+    }
+    if args.jobs > 1:  # trainings side by side slow each other down
+        del result["metrics"]["seconds_per_step"]
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def execute_all(runs, args, data_opts):
+    """Run everything, `--jobs` at a time; those that others need first. Returns the failures."""
+    failures = {}
+    stages = [
+        [run for run in runs if not (run.teacher or run.start)],
+        [run for run in runs if run.teacher or run.start],
+    ]
+    with tqdm(total=len(runs), desc="runs", unit="run", disable=None) as bar:
+
+        def attempt(item):
+            index, run = item
+            try:
+                execute(run, args, data_opts, 1 + index % args.jobs)
+            except (RuntimeError, ValueError) as error:
+                failures[run.name] = error
+            bar.update()
+
+        for stage in stages:
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(attempt, enumerate(stage)))
+    return failures
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = ", ".join(sorted(path.stem for path in TABLES.glob("*.yaml")))
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"of {known}")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
+    parser.add_argument("--threads", type=int, help="CPU threads of a training")
+    parser.add_argument("--num-gpus", type=int, default=0, help="GPUs of a training")
+    parser.add_argument("--data", type=Path, help="the data set's folder, where the table needs it")
+    parser.add_argument("--output", type=Path, default=ROOT / "output/reproduce")
+    parser.add_argument("--results", type=Path, help="result files (default: OUTPUT/results)")
+    args = parser.parse_args()
+    output, results = args.output.resolve(), args.results
+    failures = {}
+    for name in args.tables:
+        table = load_table(TABLES / f"{name}.yaml", args.seeds)
+        args.output = output / table.data
+        args.results = (results or output / "results").resolve() / table.data
+        args.results.mkdir(parents=True, exist_ok=True)
+        data_opts = DATA[table.data](args.data or args.output / "data")
+        failures.update(execute_all(table.runs(), args, data_opts))
+        found = read_results(args.results)
+        for suffix, render in ((".md", render_markdown), (".csv", render_csv)):
+            (args.output / f"{name}{suffix}").write_text(render(table, found))
+        print(f"\n{render_markdown(table, found)}\nAlso in {args.output / name}.md and .csv")
+    for name, error in failures.items():
+        print(f"\nFAILED {name}: {error}", file=sys.stderr)
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
