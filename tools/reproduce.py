@@ -39,8 +39,8 @@ def digit_scenes(folder):
     names = {split: f"digit_scenes_{split}" for split in ("train", "test")}
     datasets = [[n, f"{folder}/{split}.json", f"{folder}/{split}"] for split, n in names.items()]
     return [
-        *("DATASETS.COCO", repr(datasets), "DATASETS.TRAIN", repr((names["train"],))),
-        *("DATASETS.TEST", repr((names["test"],)), "TEST.EVAL_PERIOD", "0"),
+        *("DATASETS.COCO", json.dumps(datasets), "DATASETS.TRAIN", json.dumps([names["train"]])),
+        *("DATASETS.TEST", json.dumps([names["test"]]), "TEST.EVAL_PERIOD", "0"),
     ]
 
 
@@ -50,7 +50,7 @@ def bccd(folder):
         raise SystemExit(f"--data {folder}: no VOC folder (ImageSets/Main is not there).")
     classes = ["RBC", "WBC", "Platelets"]
     datasets = [[f"bccd_{s}", str(folder), s, classes] for s in ("trainval", "test")]
-    return ["DATASETS.VOC", repr(datasets)]
+    return ["DATASETS.VOC", json.dumps(datasets)]
 
 
 # How the data of a table comes to be. The others are Detectron2's own: $DETECTRON2_DATASETS.
@@ -83,6 +83,12 @@ def commit():
     return text.stdout.strip() or "unknown"
 
 
+def relative_to_root(path):
+    """Relative to the repository where it lies in it, so that commands hold in another clone."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 def execute(run, args, data_opts, position):
     """Train one run, then write its result file."""
     opts = [*data_opts, *run.options(args.output)]
@@ -99,14 +105,14 @@ def execute(run, args, data_opts, position):
     path = args.results / f"{run.name}.json"
     if path.exists():
         return
-    relative = [shlex.quote(c) for c in training_command(run.config, opts, folder, args.num_gpus)]
+    command = training_command(run.config, opts, folder, args.num_gpus)
     result = {
         "config": run.config,
         "seed": run.seed,
         "opts": list(run.opts),
         "teacher": run.teacher.name if run.teacher else None,
         "start": run.start.name if run.start else None,
-        "command": "python " + " ".join(relative).replace(f"{ROOT}/", ""),
+        "command": shlex.join(["python", *command]),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(args),
@@ -154,14 +160,17 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "output/reproduce")
     parser.add_argument("--results", type=Path, help="result files (default: OUTPUT/results)")
     args = parser.parse_args()
-    output, results = args.output.resolve(), args.results
+    output = relative_to_root(args.output)
+    results = args.results.resolve() if args.results else output / "results"
+    data = args.data and args.data.resolve()
+    os.chdir(ROOT)  # where train_net.py and its relative paths are seen from
     failures = {}
     for name in args.tables:
         table = load_table(TABLES / f"{name}.yaml", args.seeds)
         args.output = output / table.data
-        args.results = (results or output / "results").resolve() / table.data
+        args.results = results / table.data
         args.results.mkdir(parents=True, exist_ok=True)
-        data_opts = DATA[table.data](args.data or args.output / "data")
+        data_opts = DATA[table.data](data or args.output / "data")
         failures.update(execute_all(table.runs(), args, data_opts))
         found = read_results(args.results)
         for suffix, render in ((".md", render_markdown), (".csv", render_csv)):
