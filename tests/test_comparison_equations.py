@@ -5,10 +5,22 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, roi_align
 from toy_step import CLASSES, STRIDES, attach, close, evaluate, mean, toy_bank, toy_step
 
-from globalkd.losses import FGFI, RKD, DeFeat, FitNet, GlobalKnowledge, HintonKD, RankMimicking
+from globalkd.losses import (
+    FBKD,
+    FGFI,
+    GID,
+    RKD,
+    DeFeat,
+    FeatureRichness,
+    FitNet,
+    GlobalKnowledge,
+    HintonKD,
+    PredictionGuidedImitation,
+    RankMimicking,
+)
 from globalkd.losses.fbkd import NonLocal, attention, attention_mask, root_mean_square
 from globalkd.losses.feature_richness import feature_richness, rich_score_loss
 from globalkd.losses.fgfi import near_object_masks
@@ -82,13 +94,20 @@ def test_rkd_gradient_is_finite_where_instances_coincide():
     assert x.grad.isfinite().all() and x.grad.abs().max() < 100
 
 
-def test_rkd_relates_an_even_subset_of_many_instances():
+def test_rkd_spans_angles_between_an_even_subset_of_many_instances_and_says_so():
     context = toy_step(counts=(9, 9))
-    features = context.student_instance_features["p3"]
-    subset = RKD(max_instances=4)._subset(features)
-    assert torch.equal(
-        subset, features[[0, (len(features) - 1) // 3, 2 * (len(features) - 1) // 3, -1]]
-    )
+    terms = RKD(max_instances=4)(context)
+    last = len(context.instances) - 1
+    rows = [0, last // 3, 2 * last // 3, last]
+    pairs = [
+        (context.student_instance_features[n], context.teacher_instance_features[n])
+        for n in STRIDES
+    ]
+    close(terms["loss_kd_rkd_angle"], mean(angle_loss(s[rows], t[rows]) for s, t in pairs))
+    close(terms["loss_kd_rkd_distance"], mean(distance_loss(s, t) for s, t in pairs))
+    assert context.observations["kd/rkd_without_angles"] == last + 1 - 4
+    RKD(max_instances=last + 1)(context)
+    assert context.observations["kd/rkd_without_angles"] == 0
 
 
 def test_rkd_with_prototypes_is_the_global_knowledge_of_all_classes():
@@ -101,7 +120,8 @@ def test_rkd_with_prototypes_is_the_global_knowledge_of_all_classes():
 def cell_error(student, teacher, cells):
     """1/2 squared difference, mean over the channels of the given (image, y, x) cells."""
     return mean(
-        float((student[n, :, y, x] - teacher[n, :, y, x]).square().mean()) / 2 for n, y, x in cells
+        float((student[n, :, y, x] - teacher[n, :, y, x]).square().mean().detach()) / 2
+        for n, y, x in cells
     )
 
 
@@ -201,6 +221,34 @@ def test_fbkd_non_local_block_sums_over_all_pairs():
     close(block(x), x + added)
 
 
+def test_fbkd_terms_are_root_mean_squares():
+    context = toy_step()
+    loss, measured = attach(FBKD(), context), {}
+    for n, t in context.teacher_maps.items():
+        s = context.student_maps[n]
+        adapted = loss.adapters[n](s)
+        spatial, channel = (
+            sum(x.abs().mean(d, keepdim=True) for x in (adapted, t)) for d in (1, (2, 3))
+        )
+        masks = [(spatial / 0.5).exp(), (channel / 0.5).exp()]
+        masks = [x * x[0].numel() / x.sum(dim=(1, 2, 3), keepdim=True) for x in masks]
+        differences = {
+            "spatial": loss.spatial_adapters[n](s.abs().mean(1, True)) - t.abs().mean(1, True),
+            "channel": loss.channel_adapters[n](s.abs().mean((2, 3), True))
+            - t.abs().mean((2, 3), True),
+            "feature": (masks[0] * masks[1]).sqrt() * (adapted - t),
+            "relation": loss.relation_adapters[n](loss.student_relations[n](s))
+            - loss.teacher_relations[n](t),
+        }
+        for term, x in differences.items():
+            power = mean(float(v) ** 2 for v in x.flatten())
+            measured.setdefault(f"loss_kd_fbkd_{term}", []).append(math.sqrt(power))
+    terms = evaluate(loss, context)
+    assert set(terms) == set(measured)
+    for term, values in measured.items():
+        close(terms[term], mean(values))
+
+
 def test_general_instances_are_where_the_detectors_disagree():
     context = toy_step(counts=(1, 1))
     ours, theirs = context.student_dense, context.teacher_dense
@@ -223,6 +271,40 @@ def test_general_instances_are_where_the_detectors_disagree():
         assert found == {tuple(b) for b in boxes[kept[:3]].tolist()}
 
 
+@both
+def test_gid_compares_features_relations_and_predictions_of_general_instances(one_stage):
+    context = toy_step(one_stage=one_stage)
+    ours, theirs = context.student_dense, context.teacher_dense
+    loss = attach(GID(num_instances=3, pooler_resolution=2), context)
+    rois = general_instances(ours, theirs, [(64, 64)] * 2, num_instances=3, nms_threshold=0.3)
+    s, t, adapted = [], [], []
+    for roi in rois:  # boxes of the toys are small enough for the finest level
+        image, box = int(roi[0]), roi[None, 1:]
+        for maps, values in (
+            (context.student_maps["p3"], s),
+            (context.teacher_maps["p3"], t),
+            (loss.adapters["p3"](context.student_maps["p3"]), adapted),
+        ):
+            values.append(
+                roi_align(maps[image, None], [box], 2, 1 / 8, sampling_ratio=2, aligned=True)
+            )
+    s, t, adapted = (torch.cat(x).flatten(1) for x in (s, t, adapted))
+    terms = evaluate(loss, context)
+    close(terms["loss_kd_gid_feature"], mean(float(v) ** 2 for v in (adapted - t).flatten()))
+    close(terms["loss_kd_gid_relation"], relations(s.detach(), t, 2))
+    classes, boxes = [], []
+    for image, a in itertools.product(range(2), range(len(ours.flat_anchors))):
+        near = rois[rois[:, 0] == image, 1:]
+        if box_iou(near, ours.flat_anchors[a, None]).max() >= 0.5:
+            logits = [x.flat_logits[image, a].detach() for x in (ours, theirs)]
+            classes.append(row_divergence(*logits, 1.0, one_stage=True))
+            gap = ours.flat_deltas[image, a] - theirs.flat_deltas[image, a]
+            boxes.append(sum(abs(float(v)) for v in gap))
+    assert classes
+    close(terms["loss_kd_gid_class"], mean(classes))
+    close(terms["loss_kd_gid_box"], mean(boxes))
+
+
 def test_anchors_at_general_instances():
     anchors = toy_step().student_dense.flat_anchors
     rois = torch.tensor([[0.0, 0, 0, 30, 30], [0, 20, 20, 30, 40], [2, 5, 5, 25, 40]])
@@ -243,6 +325,21 @@ def test_feature_richness_weighs_the_scores_of_each_cell():
         total += weight * row_divergence(s[n, y, x].flatten(), t[n, y, x].flatten(), 1.0, True)
         weights += weight
     close(rich_score_loss(s, t, richness), total / weights)
+
+
+@both
+def test_feature_richness_weighs_the_maps_of_each_cell(one_stage):
+    context = toy_step(one_stage=one_stage)
+    loss, levels = attach(FeatureRichness(), context), []
+    for n, t in context.teacher_maps.items():
+        s, logits = loss.adapters[n](context.student_maps[n]), context.teacher_dense.logits[n]
+        total = weights = 0.0
+        for i, y, x in cells_of(t):
+            weight = float(logits[i, y, x].max().sigmoid())
+            total += weight * cell_error(s, t, [(i, y, x)])
+            weights += weight
+        levels.append(total / weights)
+    close(evaluate(loss, context)["loss_kd_richness_feature"], mean(levels))
 
 
 def test_rank_mimicking_compares_distributions_over_each_objects_anchors():
@@ -279,3 +376,18 @@ def test_prediction_guided_imitation():
         for n, y, x in cells_of(s)
     ]
     close(prediction_guided_loss(s, t, u, v), mean(products))
+
+
+def test_prediction_guided_imitation_adapts_each_level():
+    context = toy_step()
+    loss = attach(PredictionGuidedImitation(), context)
+    levels = [
+        prediction_guided_loss(
+            loss.adapters[n](context.student_maps[n]),
+            t,
+            context.student_dense.logits[n],
+            context.teacher_dense.logits[n],
+        )
+        for n, t in context.teacher_maps.items()
+    ]
+    close(evaluate(loss, context)["loss_kd_pfi"], mean(levels))

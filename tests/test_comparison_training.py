@@ -1,4 +1,4 @@
-"""All comparison losses in one run, on real detectors: sums, head runs, refusals."""
+"""All losses without prototypes in one run, on real detectors: sums, head runs, refusals."""
 
 import copy
 from dataclasses import replace
@@ -14,8 +14,10 @@ from globalkd import add_globalkd_config
 from globalkd.losses import FGFI, GID, ICD, RKD, DeFeat, FeatureRichness, HintonKD, RankMimicking
 from globalkd.pairing import check_pair
 
-MAPS = ["FitNet", "FGFI", "DeFeat", "FBKD", "RKD", "ICD"]
+DRKD = ["PixelRelation", "InstanceRelation", "InstanceFeature"]
+MAPS = ["FitNet", "FGFI", "DeFeat", "FBKD", "RKD", "ICD", *DRKD]
 BOTH = [*MAPS, "HintonKD", "GID", "FeatureRichness"]
+ONE_CELL = ("p6", "p7")  # levels of one cell for an image of 64 pixels
 METHODS = {"rcnn": BOTH, "retinanet": [*BOTH, "RankMimicking", "PredictionGuidedImitation"]}
 
 
@@ -54,19 +56,26 @@ def test_all_methods_train_together(kind, models):
     model = copy.deepcopy(models[kind])
     before = copy.deepcopy(model.distiller.state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for iteration in range(2):
+    for iteration in range(3):
         losses = step(model, [4, 0, 1], iteration)
         assert all(value.isfinite() for value in losses.values())
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
+    assert all(p.grad is None for p in model.distiller.teacher.model.parameters())
     names = [name for loss in model.distiller.losses.values() for name in loss.weights]
     assert len(names) == len(set(names)) and set(names) <= set(losses)
     after = model.distiller.state_dict()
     unmoved = {k for k, v in before.items() if torch.equal(v, after[k])}
-    # These two read a box on the level that fits it, and the image has none for a coarse level.
-    one_level = ("losses.FGFI.adapters", "losses.GID.adapters")
-    assert not {k for k in unmoved if not k.startswith(one_level)}, unmoved
+    # FGFI and GID read a box on the level that fits it, and no image has one for a coarse level.
+    # One cell alone relates to nothing. DRKD's relation matrices of the teacher are fixed.
+    units = [
+        f"losses.PixelRelation.{x}_units.{p}" for x in ("student", "teacher") for p in ONE_CELL
+    ]
+    expected = ("losses.FGFI.adapters", "losses.GID.adapters", *units)
+    fixed = {k for k, v in model.distiller.named_parameters() if not v.requires_grad}
+    assert fixed <= unmoved and all(".teacher." in k for k in fixed)
+    assert not {k for k in unmoved - fixed if not k.startswith(expected)}, unmoved
 
 
 @both
@@ -114,7 +123,8 @@ def test_a_batch_without_boxes_gives_finite_terms_with_gradient(kind, models):
     losses = step(model, [0, 0])
     assert all(value.isfinite() for value in losses.values())
     sum(losses.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.distiller.parameters())
+    trained = [p for p in model.distiller.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
 def test_methods_that_read_maps_alone_cross_families():

@@ -102,6 +102,21 @@ def test_reasoning_equals_the_equations_in_loops():
             torch.testing.assert_close(ours[image, c], back @ projected)
 
 
+def test_the_pixel_term_is_the_error_of_adapted_maps_after_reasoning():
+    loss, context = make_loss(PixelRelation), make_context([1, 0])
+    of_levels = []
+    for name, teacher in context.teacher_maps.items():
+        output = loss.student_units[name](context.student_maps[name])
+        target = loss.teacher_units[name](teacher)
+        adapter, errors = loss.adapters[name], []
+        for n in range(2):
+            for cell, wanted in zip(output[n].flatten(1).T, target[n].flatten(1).T):
+                adapted = adapter.weight[:, :, 0, 0] @ cell + adapter.bias
+                errors.append((adapted - wanted).square().mean())
+        of_levels.append(sum(errors) / len(errors))
+    torch.testing.assert_close(value(loss, context), sum(of_levels) / 3)
+
+
 def test_a_tiled_image_is_reasoned_about_as_the_image():
     unit = make_loss(PixelRelation).student_units["p3"]
     maps = torch.randn(2, 6, 4, 5)
@@ -226,6 +241,30 @@ def test_the_matrix_term_equals_its_definition_in_loops():
             psi_s = reference_relation(student[rows], match.student)
             psi_t = reference_relation(teacher[rows], match.teacher)
             total = total + sum((a - b) ** 2 for a, b in zip(psi_s.flatten(), psi_t.flatten()))
+    torch.testing.assert_close(value(loss, context), total / 5 / 2)
+
+
+def reference_aggregation(boxes, aggregation):
+    """f_i + share * scale * out(sum_j psi_ij g(f_j)) of one image, in loops; boxes: (n, F)."""
+    psi, values = reference_relation(boxes, aggregation.relation), aggregation.value(boxes)
+    branch = torch.stack([aggregation.out(sum(p * v for p, v in zip(r, values))) for r in psi])
+    scale = spread(boxes[None]) / branch.square().mean().sqrt()
+    return boxes + 0.5 * aggregation.add.gain.tanh() * scale * branch
+
+
+def test_the_feature_term_equals_its_definition_in_loops():
+    loss, context = make_loss(InstanceRelation, match="features"), make_context([3, 0, 2])
+    total = 0
+    for pair in context.levels[:2]:
+        student, teacher = ground_truth_grids(context, pair, 3)
+        match = loss.matches[pair.student]
+        for image in (0, 2):
+            rows = context.ground_truth.image_index == image
+            target = reference_aggregation(teacher[rows].flatten(1), match.teacher)
+            output = reference_aggregation(student[rows].flatten(1), match.student)
+            for box, wanted in zip(output.view(-1, 6, 9), target.view(-1, 8, 9)):
+                adapted = torch.stack([match.adapter(bin) for bin in box.T], dim=1)
+                total = total + (adapted - wanted).square().mean()
     torch.testing.assert_close(value(loss, context), total / 5 / 2)
 
 

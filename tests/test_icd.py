@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from toy_step import CLASSES, attach, close, evaluate, mean, toy_step
 
 from globalkd.losses import ICD
-from globalkd.losses.icd import conditional_value_loss
+from globalkd.losses.icd import ConditionalDecoder, conditional_value_loss
 from globalkd.losses.icd_conditions import cell_centres, make_queries, sine_embedding
 
 
@@ -89,3 +89,25 @@ def test_icd_imitation_does_not_train_the_decoder():
     loss = attach(ICD(hidden_dim=8, num_heads=2, start_iter=0), context)
     evaluate(loss, context)["loss_kd_icd"].backward()
     assert all(p.grad is None for p in loss.decoder.parameters())
+
+
+def test_icd_decoder_attends_head_by_head_and_not_to_padding():
+    torch.manual_seed(0)
+    decoder = ConditionalDecoder(5, 6, hidden_dim=8, num_heads=2)
+    conditions, cells, positions = torch.randn(1, 3, 5), torch.randn(1, 4, 6), torch.randn(1, 4, 8)
+    padding = torch.tensor([[False, True, False, False]])
+    predictions, attention, value = decoder(conditions, cells, positions, padding)
+    condition = decoder.encode(conditions)[0]
+    q, v = decoder.query(condition), decoder.value(cells)[0]
+    k = decoder.key(cells + decoder.position(positions))[0]
+    answers = torch.zeros(3, 8)
+    for i, u in itertools.product(range(3), range(2)):
+        part = slice(4 * u, 4 * u + 4)
+        scores = [0.0 if padding[0, c] else math.exp(q[i, part] @ k[c, part] / 2) for c in range(4)]
+        shares = [x / sum(scores) for x in scores]
+        close(attention[0, u, i], torch.tensor(shares))
+        answers[i, part] = sum(a * v[c, part] for c, a in enumerate(shares))
+    decoded = decoder.norms[0](condition + decoder.output(answers))
+    decoded = decoder.norms[1](decoded + decoder.feed_forward(decoded))
+    close(predictions[0], decoder.predict(decoded))
+    close(value[0, 2, 1], v[2, 4:])

@@ -1,19 +1,12 @@
 """GlobalKD by LazyConfig: RetinaNet R101 -> R50 on COCO."""
 
 from detectron2 import model_zoo
-from detectron2.config import LazyCall as L
-from detectron2.data.transforms import ResizeShortestEdge
 
-from globalkd import Distiller, DistillRetinaNet, PrototypeRefresher, build_teacher
-from globalkd.losses import FeatureKnowledge, GlobalKnowledge, ResponseKnowledge
-from globalkd.prototype_refresh import GenerationSettings, ImageSource
+from globalkd import DistillRetinaNet
 
-dataloader = model_zoo.get_config("common/data/coco.py").dataloader
-lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_2x
-optimizer = model_zoo.get_config("common/optim.py").SGD
+from .common import dataloader, distiller, lr_multiplier, optimizer, train  # noqa: F401
+
 optimizer.lr = 0.01
-train = model_zoo.get_config("common/train.py").train
-train.max_iter = 180000
 train.init_checkpoint = (
     "detectron2://COCO-Detection/retinanet_R_50_FPN_1x/190397773/model_final_bfca0b.pkl"
 )
@@ -21,23 +14,5 @@ train.init_checkpoint = (
 model = model_zoo.get_config("common/models/retinanet.py").model
 model.backbone.bottom_up.freeze_at = 2
 model._target_ = DistillRetinaNet
-model.distiller = L(Distiller)(
-    teacher=L(build_teacher)(config_file="COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
-    losses=[
-        L(GlobalKnowledge)(weight=5.0),
-        L(FeatureKnowledge)(weight=1.0),
-        L(ResponseKnowledge)(weight=1.0),
-    ],
-    refresher=L(PrototypeRefresher)(
-        source=L(ImageSource)(
-            datasets=["coco_2017_train"],
-            augmentations=[L(ResizeShortestEdge)(short_edge_length=[800, 800], max_size=1333)],
-            num_workers=4,
-        ),
-        generation=L(GenerationSettings)(num_prototypes=10, lam=10.0),
-        images_per_batch=16,
-        refresh_epochs=1.0,
-    ),
-    decay="linear",
-    max_iter=train.max_iter,
-)
+model.distiller = distiller
+model.distiller.teacher.config_file = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"

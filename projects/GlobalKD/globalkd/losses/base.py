@@ -152,9 +152,14 @@ class DistillContext:
     @cached_property
     def ground_truth_reliability(self) -> Dict[str, Tensor]:
         """`reliability` of the annotated boxes, pooled for it unless they are the instances."""
+        return self.on_ground_truth.reliability
+
+    @cached_property
+    def on_ground_truth(self) -> "DistillContext":
+        """The same step with the annotated boxes as its instances."""
         if self.instances is self.ground_truth:
-            return self.reliability
-        return replace(self, instances=self.ground_truth).reliability
+            return self
+        return replace(self, instances=self.ground_truth)
 
     @cached_property
     def teacher_dense(self) -> DenseOutputs:

@@ -14,7 +14,7 @@ from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import box_mask, build_adapters, weighted_feature_loss
 from .instance_feature import ground_truth_weight
 from .outputs import Responses
-from .response import sigmoid_kl, softmax_kl
+from .response import check_temperature, sigmoid_kl, softmax_kl
 
 
 def decoupled_divergence(responses: Responses, temperature: float) -> "tuple[Tensor, Tensor]":
@@ -72,10 +72,7 @@ class DeFeat(DistillLoss):
             "loss_kd_defeat_negative": negative_weight,
         }
         super().__init__({k: w for k, w in weights.items() if w}, weighted=weighted)
-        if temperature <= 0:
-            raise ValueError(
-                f"MODEL.GLOBALKD.DEFEAT.TEMPERATURE is {temperature}; it must be positive."
-            )
+        check_temperature("DEFEAT", temperature)
         self.temperature = temperature
         self.needs_maps = bool(object_weight or background_weight)
         self.needs_responses = self.needs_predictions = bool(positive_weight or negative_weight)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..features import LevelPair
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import build_adapters
+from .response import check_temperature
 
 
 def root_mean_square(x: Tensor) -> Tensor:
@@ -85,13 +86,16 @@ class FBKD(DistillLoss):
     L_NLD: |f(r(S)) - r(T)|, with r a non-local block for each detector. f are, in this order, a
     3x3 and a 1x1 convolution of the attention, and 1x1 convolutions of the maps.
 
-    Defaults: T = 0.5. The authors' code weighs norms that are neither squared nor averaged, summed
-    over levels, by 4e-3 (both attentions) and 7e-5 (features, relations). Ours are root mean
-    squares, mean over levels: the sum over P2 to P6 of the roots of their numbers of entries, for
-    two images of 800 x 1344 and 256 channels, makes 2.8, 0.45, 0.8 and 0.8 of them.
+    Defaults: T = 0.5. The authors' two-stage code weighs norms that are neither squared nor
+    averaged, summed over levels, by 4e-3 (both attentions) and 7e-5 (features, relations). Ours
+    are root mean squares, mean over levels: the sum over P2 to P6 of the roots of their numbers of
+    entries, for two images of 800 x 1344 and 256 channels, makes 2.8, 0.45, 0.8 and 0.8 of them.
+    (Their repository holds no code; these are of copies of it in others'.)
 
-    Note: the masks come from the adapted student map, so that widths may differ. The blocks of the
-    authors pool keys and values, and normalise the batch; these do neither.
+    Note: the equations are the paper's. In that code the attentions matched are means of A and not
+    of |A|, a mask is the mean of both detectors' softmax, and features are under the spatial mask
+    alone. Here the masks come from the adapted student map, so that widths may differ. The blocks
+    of the authors pool keys and values, and normalise the batch; these do neither.
     """
 
     @configurable
@@ -119,10 +123,7 @@ class FBKD(DistillLoss):
             "loss_kd_fbkd_relation": relation_weight,
         }
         super().__init__({k: w for k, w in weights.items() if w})
-        if temperature <= 0:
-            raise ValueError(
-                f"MODEL.GLOBALKD.FBKD.TEMPERATURE is {temperature}; it must be positive."
-            )
+        check_temperature("FBKD", temperature)
         self.temperature = temperature
         self.measures = {
             "loss_kd_fbkd_spatial": self._spatial,

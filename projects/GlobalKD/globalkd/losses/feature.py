@@ -7,6 +7,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..features import LevelPair
+from ..sparse_convolution import convolve_cells
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRows
 
 CELLS_PER_CHUNK = 1 << 25
@@ -43,8 +44,8 @@ def weighted_feature_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> T
     """Half the squared difference, mean over channels, weighted mean over cells.
 
     Args:
-        student, teacher: (N, D, H, W).
-        weight: (N, H, W) non-negative.
+        student, teacher: (N, D, H, W), or (M, D) of single cells.
+        weight: (N, H, W) non-negative, or (M,).
 
     Returns:
         Scalar; 0 where all weights are 0.
@@ -106,18 +107,39 @@ class FeatureKnowledge(DistillLoss):
         self.adapters = build_adapters(levels, kernel_size=3, relu=self.adapter_relu)
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
-        totals = {name: [] for name in self.weights}
-        for pair in context.levels:
-            teacher = context.teacher_maps[pair.student]
-            student = self.adapters[pair.student](context.student_maps[pair.student])
-            mask = self._mask(context, pair, teacher)
-            masks = {"loss_kd_feature": mask, "loss_kd_background": (mask == 0).float()}
-            for name, terms in totals.items():
-                terms.append(weighted_feature_loss(student, teacher, masks[name]))
-        return {name: torch.stack(terms).mean() for name, terms in totals.items()}
+        names = [pair.student for pair in context.levels]
+        masks = [self._mask(context, pair) for pair in context.levels]
+        errors = self._dense if self._whole_maps(context) else self._inside
+        terms = [errors(context, name, mask) for name, mask in zip(names, masks)]
+        return {name: torch.stack([x[name] for x in terms]).mean() for name in self.weights}
 
-    def _mask(self, context: DistillContext, pair: LevelPair, teacher: Tensor) -> Tensor:
-        rows = context.instances
+    def _whole_maps(self, context: DistillContext) -> bool:
+        """Whether the adapters run on every cell.
+
+        They must for the background. On a GPU, too: there the choice of cells would make the host
+        wait for the device on each level.
+        """
+        return "loss_kd_background" in self.weights or context.instances.boxes.is_cuda
+
+    def _dense(self, context: DistillContext, name: str, mask: Tensor) -> Dict[str, Tensor]:
+        student = self.adapters[name](context.student_maps[name])
+        masks = {"loss_kd_feature": mask, "loss_kd_background": (mask == 0).float()}
+        teacher = context.teacher_maps[name]
+        return {k: weighted_feature_loss(student, teacher, masks[k]) for k in self.weights}
+
+    def _inside(self, context: DistillContext, name: str, mask: Tensor) -> Dict[str, Tensor]:
+        """The term inside boxes from their cells alone."""
+        cells = mask.nonzero()
+        image, y, x = cells.unbind(dim=1)
+        adapter = self.adapters[name]
+        conv = adapter[0] if self.adapter_relu else adapter
+        student = convolve_cells(conv, context.student_maps[name], cells)
+        student = student.relu() if self.adapter_relu else student
+        teacher = context.teacher_maps[name].permute(0, 2, 3, 1)[image, y, x]
+        return {"loss_kd_feature": weighted_feature_loss(student, teacher, mask[image, y, x])}
+
+    def _mask(self, context: DistillContext, pair: LevelPair) -> Tensor:
+        rows, teacher = context.instances, context.teacher_maps[pair.student]
         weight = (
             context.reliability[pair.student] if self.weighted else rows.boxes.new_ones(len(rows))
         )

@@ -10,7 +10,7 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .response import sigmoid_kl, softmax_kl
+from .response import check_temperature, sigmoid_kl, softmax_kl
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -44,10 +44,7 @@ class HintonKD(DistillLoss):
             weighted: multiply each positive by its reliability ("+ prototypes" in Table 4).
         """
         super().__init__({"loss_kd_hinton": weight}, weighted=weighted)
-        if temperature <= 0:
-            raise ValueError(
-                f"MODEL.GLOBALKD.HINTON.TEMPERATURE is {temperature}; it must be positive."
-            )
+        check_temperature("HINTON", temperature)
         if rows not in ("positives", "all"):
             raise ValueError(
                 f"MODEL.GLOBALKD.HINTON.ROWS is {rows!r}; it must be 'positives' or 'all'."

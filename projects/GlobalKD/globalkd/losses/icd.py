@@ -105,12 +105,15 @@ class ICD(DistillLoss):
     (L1 in units of its size). The student's values imitate the teacher's where the attention of
     the real objects lies; only this term reaches the student, and nothing of it the decoder.
 
-    Defaults: 8 heads, 256 channels, 5 invented objects for a real one, blur 0.3 of the size; the
-    weight 3 is the authors' for Faster R-CNN (8 for RetinaNet), from iteration 1000 on: until
-    then only the student's value projection learns.
+    Defaults: those of the authors' Detectron2 code for Faster R-CNN: 8 heads, 256 channels, 5
+    invented objects for a real one and no more than 100 of both, blur 0.3 of the size, both tasks
+    with weight 1; the imitation with 3, from iteration 1000 on: until then only the student's
+    value projection learns. For RetinaNet they have weight 8 and up to 300 objects. Real objects
+    all take part, however many there are.
 
     Note: the authors train the decoder with an AdamW of its own; here the student's optimizer
-    does. They draw invented objects from COCO's statistics, here classes are uniform.
+    does. They draw invented objects from COCO's statistics, here classes are uniform. They start
+    the student's FPN and head as the teacher's (INHERIT_TEACHER_HEADS); here that is off.
     """
 
     @configurable

@@ -49,10 +49,15 @@ def rank_divergence(student: Tensor, teacher: Tensor, group: Tensor, num_groups:
 class RankMimicking(DistillLoss):
     """`loss_kd_rank`: the student is to rank an object's positive anchors as the teacher does.
 
-    Softmax over the scores that an object's anchors have for its class, KL divergence from the
-    teacher's, mean over the objects that have an anchor.
+    Softmax over the scores (probabilities) that an object's anchors have for its class, KL
+    divergence from the teacher's, mean over the objects that have an anchor.
 
-    Default: the authors' weight 4 for RetinaNet.
+    Default: the weight 4 of a public MMRazor-style implementation for RetinaNet; no code of the
+    authors was found. Probabilities lie between 0 and 1, so that softmaxes over them differ
+    little: where a short training is to feel this term, it needs a larger weight.
+
+    Note: that implementation sorts each detector's scores before it compares them, so that two
+    different orders are equal. Here an anchor is compared with itself.
     """
 
     needs_responses = True
@@ -108,10 +113,12 @@ def prediction_guided_loss(
 class PredictionGuidedImitation(DistillLoss):
     """`loss_kd_pfi`: imitate features where predictions differ; f a 1x1 convolution a level.
 
-    Mean over cells and levels. Default: the authors' weight 1.5 for RetinaNet.
+    Mean over cells and levels. Default: the weight 1.5 of a public MMRazor-style implementation
+    for RetinaNet (see `RankMimicking`), whose means are the same.
 
-    Note: predictions are compared as logits. As probabilities, most of which are near 0, their
-    mean squared difference would make the term vanish at that weight.
+    Note: predictions are compared as logits, as there. As probabilities, most of which are near 0,
+    their mean squared difference would make the term vanish at that weight. f, which that
+    implementation does not have, allows student and teacher of different widths.
     """
 
     needs_dense = True

@@ -25,6 +25,14 @@ def sigmoid_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return (positive + negative).sum(dim=-1) * temperature**2
 
 
+def check_temperature(node: str, temperature: float) -> None:
+    """Raise a ValueError that names the key, unless the temperature is positive."""
+    if temperature <= 0:
+        raise ValueError(
+            f"MODEL.GLOBALKD.{node}.TEMPERATURE is {temperature}; it must be positive."
+        )
+
+
 @DISTILL_LOSS_REGISTRY.register()
 class ResponseKnowledge(DistillLoss):
     """`loss_kd_response`: reliability-weighted KL divergence, mean over the student's positives.
@@ -52,10 +60,7 @@ class ResponseKnowledge(DistillLoss):
             weighted: multiply each row by its instance's reliability.
         """
         super().__init__({"loss_kd_response": weight}, weighted=weighted)
-        if temperature <= 0:
-            raise ValueError(
-                f"MODEL.GLOBALKD.RESPONSE.TEMPERATURE is {temperature}; it must be positive."
-            )
+        check_temperature("RESPONSE", temperature)
         if one_stage not in ("sigmoid", "softmax"):
             raise ValueError(
                 f"MODEL.GLOBALKD.RESPONSE.ONE_STAGE is {one_stage!r}; it must be 'sigmoid' or "

@@ -85,7 +85,8 @@ class RKD(DistillLoss):
     "+ prototypes" (Table 4) puts an instance's projections on the prototypes in the place of its
     relations to other instances: the term is that of `GlobalKnowledge`, unweighted.
 
-    Note: angles cost R^3, so that of more than `max_instances` an evenly spaced subset takes part.
+    Note: angles cost R^3, so that of more than `max_instances` an evenly spaced subset spans them;
+    `kd/rkd_without_angles` in the log says how many did not. Distances are between all.
     """
 
     @configurable
@@ -104,7 +105,7 @@ class RKD(DistillLoss):
             angle_weight: weight of RKD-A.
             relations: "instances", or "prototypes".
             prototype_weight: weight of the term with relations to prototypes.
-            max_instances: at most so many instances of a batch are related.
+            max_instances: at most so many instances of a batch span angles.
         """
         if relations not in ("instances", "prototypes"):
             raise ValueError(
@@ -139,18 +140,22 @@ class RKD(DistillLoss):
         if self.needs_prototypes:
             return {"loss_kd_rkd_prototypes": self.projections(context)["loss_kd_global"]}
         totals = {name: [] for name in self.weights}
-        measures = {"loss_kd_rkd_distance": distance_loss, "loss_kd_rkd_angle": angle_loss}
+        measures = {"loss_kd_rkd_distance": distance_loss, "loss_kd_rkd_angle": self._angle_loss}
         for pair in context.levels:
-            student = self._subset(context.student_instance_features[pair.student])
-            teacher = self._subset(context.teacher_instance_features[pair.student])
+            student = context.student_instance_features[pair.student]
+            teacher = context.teacher_instance_features[pair.student]
             with torch.autocast(student.device.type, enabled=False):
                 for name, terms in totals.items():
                     terms.append(measures[name](student, teacher))
+        if "loss_kd_rkd_angle" in totals:
+            without = max(len(context.instances) - self.max_instances, 0)
+            boxes = context.instances.boxes
+            context.observations["kd/rkd_without_angles"] = boxes.new_tensor(without)
         return {name: torch.stack(terms).mean() for name, terms in totals.items()}
 
-    def _subset(self, features: Tensor) -> Tensor:
-        count = len(features)
-        if count <= self.max_instances:
-            return features
-        rows = torch.linspace(0, count - 1, self.max_instances, device=features.device).long()
-        return features[rows]
+    def _angle_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        count = len(student)
+        if count > self.max_instances:
+            rows = torch.linspace(0, count - 1, self.max_instances, device=student.device).long()
+            student, teacher = student[rows], teacher[rows]
+        return angle_loss(student, teacher)

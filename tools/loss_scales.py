@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""How strongly each distillation loss pulls at a student, as a Markdown table.
+
+    tools/loss_scales.py --config-file configs/quick/gkd_R34_R18.yaml
+    tools/loss_scales.py --config-file configs/gkd_R101_R50.yaml --all
+
+On batches of the training data, with the student that MODEL.WEIGHTS names and the losses' own
+parameters as they start. "Value" and "Gradient" of a loss, at its weights: its value and the norm
+of its gradient with respect to the student's backbone (FPN included), both as a share of those of
+the detection losses. Of each term, at weight 1: its value as it is, and the share of its gradient.
+Nothing is trained. Warm-up, decay and later starts of the configuration are left out.
+"""
+
+import argparse
+from statistics import mean
+
+import torch
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
+
+from globalkd import DISTILL_LOSS_REGISTRY, register_datasets
+from globalkd.config_reading import load_config
+from globalkd.safe_loading import SafeCheckpointer
+from globalkd.trainer import DistillTrainer, fall_back_to_cpu
+
+#: An iteration past every loss's own start.
+LATE = 10**9
+
+
+def load(config_file, opts, *, every_loss):
+    """The configuration, without a course of the weights over training."""
+    cfg = load_config(config_file, opts)
+    node = cfg.MODEL.GLOBALKD
+    if every_loss:
+        one_stage = "RetinaNet" in cfg.MODEL.META_ARCHITECTURE
+        losses = dict(DISTILL_LOSS_REGISTRY)
+        node.LOSSES = [n for n, x in losses.items() if one_stage or not x.one_stage_only]
+    node.WARMUP_ITERS, node.STOP_ITER, node.DECAY = 0, 0, "none"
+    fall_back_to_cpu(cfg)
+    return cfg
+
+
+def gradient(term, parameters):
+    """The gradient as one vector; 0 where a term does not reach a parameter."""
+    parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    parts = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, parameters)]
+    return torch.cat([g.flatten() for g in parts])
+
+
+def measure(model, batch):
+    """One batch: (loss, term or "", weight or "") -> value and gradient, as the table has them."""
+    with EventStorage(LATE):
+        terms = model(batch)
+    losses = model.distiller.losses
+    parameters = [p for p in model.backbone.parameters() if p.requires_grad]
+    names = {name for loss in losses.values() for name in loss.weights}
+    detection = sum(term for name, term in terms.items() if name not in names)
+    unit = gradient(detection, parameters).norm()
+    gradients = {name: gradient(terms[name], parameters) for name in names}
+
+    def share_of_detection(members):
+        value = sum(terms[name] for name in members) / detection
+        return value.item(), (sum(gradients[name] for name in members).norm() / unit).item()
+
+    result = {}
+    for name, loss in losses.items():
+        result[name, "", ""] = share_of_detection(loss.weights)
+        for term, weight in loss.weights.items():
+            pull = gradients[term].norm() / unit
+            result[name, term, weight] = (terms[term].item() / weight, pull.item() / weight)
+    result["all together", "", ""] = share_of_detection(names)
+    return result
+
+
+def table(measures):
+    """Markdown: means over batches; below each loss its terms."""
+    lines = [
+        "| Loss, term | Weight | Value | Gradient | at weight 1: value | gradient |",
+        "|---|---|---|---|---|---|",
+    ]
+    for loss, term, weight in measures[0]:
+        value, share = (mean(x) for x in zip(*(m[loss, term, weight] for m in measures)))
+        if term:
+            lines.append(f"| `{term}` | {weight:g} | | | {value:.3g} | {share:.3g} |")
+        else:
+            lines.append(f"| **{loss}** | | {value:.3g} | {share:.3g} | | |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="configuration of a distilled run")
+    parser.add_argument("--all", action="store_true", help="every loss that the student can have")
+    parser.add_argument("--batches", type=int, default=5, help="training batches to average over")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as of train_net")
+    args = parser.parse_args()
+    setup_logger(name="globalkd")
+    cfg = load(args.config_file, args.opts, every_loss=args.all)
+    register_datasets(cfg)
+    seed_all_rng(max(cfg.SEED, 0))
+    model = DistillTrainer.build_model(cfg).train()
+    SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(cfg.MODEL.WEIGHTS)
+    batches = iter(DistillTrainer.build_train_loader(cfg))
+    print(table([measure(model, next(batches)) for _ in range(args.batches)]))
+
+
+if __name__ == "__main__":
+    main()
