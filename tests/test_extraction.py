@@ -13,10 +13,10 @@ from globalkd.extraction import (
     choose_images,
     extract_features,
     extraction_records,
-    isolated_rng,
     usable_boxes,
 )
 from globalkd.features import InstancePooler, match_levels
+from globalkd.random_state import isolated_rng
 from globalkd.teacher import build_teacher
 
 
@@ -110,6 +110,16 @@ def test_rows_are_the_datasets_boxes_in_both_spaces(extracted):
 def test_batching_does_not_change_the_features(extracted):
     one, three = extracted(batch_size=1), extracted(batch_size=3)
     torch.testing.assert_close(one.student["p3"], three.student["p3"], rtol=1e-4, atol=1e-5)
+
+
+def test_features_in_memory_mapped_files_are_the_same_and_leave_no_file(extracted, tmp_path):
+    folder = tmp_path / "features"
+    memory, mapped = extracted(), extracted(folder=str(folder))
+    for level in memory.levels:
+        assert torch.equal(memory.student[level], mapped.student[level])
+        assert torch.equal(memory.teacher[level], mapped.teacher[level])
+    assert torch.equal(memory.classes, mapped.classes)
+    assert list(folder.iterdir()) == []
 
 
 def test_the_student_comes_back_in_training_and_unchanged(extracted):

@@ -57,13 +57,26 @@ def test_level_without_partner_is_an_error_if_it_was_asked_for():
         match_levels(shapes([2]), shapes([3]))
 
 
-def test_pooler_equals_the_mean_of_a_roi_align_grid():
+@pytest.mark.parametrize("pool", ["_by_kernel", "_by_product"])
+def test_pooler_equals_the_mean_of_a_roi_align_grid(pool):
+    """On every device: boxes inside, over the border, outside, empty, and in any order."""
     torch.manual_seed(0)
-    features = torch.randn(2, 4, 16, 16)
-    rois = to_rois([torch.tensor([[3.0, 5.0, 40.0, 50.0]]), torch.tensor([[0.0, 0.0, 9.0, 60.0]])])
-    ours = InstancePooler(6)(features, rois, stride=4)
-    grid = roi_align(features, rois, 6, 1 / 4, sampling_ratio=1, aligned=True)
-    torch.testing.assert_close(ours, grid.mean(dim=(2, 3)))
+    features = torch.randn(2, 4, 16, 14, requires_grad=True)
+    rois = torch.tensor(
+        [
+            [1, 0.0, 0.0, 9.0, 60.0],
+            [0, 3.0, 5.0, 40.0, 50.0],
+            [1, -20.0, 30.0, 30.0, 90.0],
+            [0, 100.0, 5.0, 140.0, 50.0],
+            [0, 20.0, 20.0, 20.0, 20.0],
+        ]
+    )
+    ours = getattr(InstancePooler(6), pool)(features, rois, 1 / 4)
+    grid = roi_align(features, rois, 6, 1 / 4, sampling_ratio=1, aligned=True).mean(dim=(2, 3))
+    torch.testing.assert_close(ours, grid)
+    factor = torch.randn_like(grid)
+    grads = [torch.autograd.grad((x * factor).sum(), features)[0] for x in (ours, grid)]
+    torch.testing.assert_close(*grads)
 
 
 def test_each_box_is_pooled_from_its_own_image():

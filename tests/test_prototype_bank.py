@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import run_in_processes
 from reference_pursuit import sequential_coefficients
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -398,7 +397,7 @@ class TestState:
 
     @pytest.mark.slow
     def test_broadcast_gives_every_process_the_prototypes_of_rank_0(self, tmp_path):
-        mp.spawn(_check_broadcast, args=(2, str(tmp_path / "store")), nprocs=2)
+        run_in_processes(_check_broadcast, tmp_path)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @every_projection
@@ -415,8 +414,7 @@ class TestState:
         assert torch.allclose(weight.cpu(), bank.reliability("p2", teacher, student, classes))
 
 
-def _check_broadcast(rank, world_size, store):
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
+def _check_broadcast(rank):
     bank = make_bank(filled=rank == 0, projection="pursuit")
     bank.broadcast()
     expected = make_bank(projection="pursuit")
@@ -425,7 +423,6 @@ def _check_broadcast(rank, world_size, store):
     teacher, student, _ = instances(level="p3")
     for a, b in zip(bank.project("p3", teacher, student), expected.project("p3", teacher, student)):
         assert torch.equal(a, b)
-    dist.destroy_process_group()
 
 
 class TestFile:

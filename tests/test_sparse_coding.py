@@ -171,6 +171,17 @@ class TestSelectAtoms:
         assert chunked.tolist() == indices.tolist()
         assert torch.allclose(chunked_gains, gains)
 
+    def test_memory_mapped_features_give_the_same_picks(self, tmp_path):
+        features = [x.float() for x in paired(50, seed=10)]
+        expected, gains = select_atoms(*features, 8, 10.0)
+        mapped = []
+        for i, x in enumerate(features):
+            x.numpy().tofile(tmp_path / str(i))
+            mapped.append(torch.from_file(str(tmp_path / str(i)), size=x.numel()).view_as(x))
+        indices, mapped_gains = select_atoms(*mapped, 8, 10.0, chunk_size=7)
+        assert indices.tolist() == expected.tolist()
+        assert torch.allclose(mapped_gains, gains)
+
     def test_fewer_rows_than_atoms_are_all_taken_once(self):
         teacher, student = paired(4)
         indices, gains = select_atoms(teacher, student, 10, 10.0)

@@ -1,11 +1,14 @@
-"""The teacher: the load gate, its channel order, and its predictions for given boxes."""
+"""The teacher: the load gate, its channel order, its predictions, and its faster modes."""
 
 import pytest
 import torch
-from conftest import ROOT, make_batch
+import torch.nn.functional as F
+from conftest import KINDS, ROOT, make_batch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
+from globalkd.data import register_datasets
 from globalkd.teacher import Teacher, build_teacher, teacher_config
 
 QUICK = str(ROOT / "configs/quick/Base-digits-rcnn.yaml")
@@ -142,3 +145,106 @@ def test_the_teacher_is_frozen_whatever_it_was():
     assert not any(m.training for m in model.modules())
     assert not any(p.requires_grad for p in model.parameters())
     assert teacher.num_classes == 10
+
+
+def planted(teacher, **modes):
+    """The same detector, run in another way."""
+    return Teacher(teacher.model, input_format=teacher.input_format, **modes)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_of_its_own_returns_float32_near_the_exact_maps(precision, rcnn):
+    batch = make_batch([3, 2])
+    boxes = [x["instances"].gt_boxes.tensor for x in batch]
+    fast = planted(rcnn, precision=precision)
+    exact, found = rcnn.features(batch, "BGR"), fast.features(batch, "BGR")
+    for name, x in exact.items():
+        assert found[name].dtype == torch.float32 and not torch.equal(found[name], x)
+        assert (found[name] - x).norm() < 0.05 * x.norm(), name
+    logits = fast.box_logits(found, boxes, [(64, 64)] * 2)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(
+        logits, rcnn.box_logits(exact, boxes, [(64, 64)] * 2), rtol=0, atol=0.1
+    )
+
+
+def test_by_default_the_teacher_follows_the_students_precision(rcnn):
+    batch = make_batch([1])
+    plain = rcnn.features(batch, "BGR")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, exact = rcnn.features(batch, "BGR"), planted(rcnn, precision="fp32")
+        exact = exact.features(batch, "BGR")
+    assert mixed["p2"].dtype == torch.bfloat16
+    assert all(torch.equal(exact[name], x) for name, x in plain.items())
+
+
+def test_compile_runs_the_compiled_backbone(rcnn, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda module: lambda x: seen.append(1) or module(x))
+    batch = make_batch([1])
+    maps = planted(rcnn, compile=True).features(batch, "BGR")
+    assert seen and all(torch.equal(maps[k], x) for k, x in rcnn.features(batch, "BGR").items())
+
+
+def test_a_rescaled_input_gives_what_the_teacher_says_of_smaller_images(rcnn):
+    batch = make_batch([3, 2])
+    boxes = [x["instances"].gt_boxes.tensor for x in batch]
+    half = planted(rcnn, input_scale=0.5)
+    small = [
+        {
+            "image": F.interpolate(
+                x["image"][None].float(), size=32, mode="bilinear", antialias=True
+            )[0]
+        }
+        for x in batch
+    ]
+    maps, expected = half.features(batch, "BGR"), rcnn.features(small, "BGR")
+    for name, x in expected.items():
+        torch.testing.assert_close(maps[name], x)
+    torch.testing.assert_close(
+        half.box_logits(maps, boxes, [(64, 64)] * 2),
+        rcnn.box_logits(expected, [b / 2 for b in boxes], [(32, 32)] * 2),
+    )
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.75, 2.0])
+def test_rescaled_maps_come_back_to_their_place(scale, rcnn):
+    teacher = planted(rcnn, input_scale=scale)
+    cells = round(16 * scale)
+    centres = (torch.arange(cells) + 0.5) / scale  # in cells of the unscaled input
+    ramp = centres.expand(1, 1, cells, cells)
+    restored = teacher.on_input_grid({"p2": ramp})["p2"]
+    assert restored.shape[-2:] == (16, 16)
+    expected = (torch.arange(16) + 0.5).expand(1, 1, 16, 16)
+    torch.testing.assert_close(restored[..., 2:-2], expected[..., 2:-2])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("mode", [{"precision": "int8"}, {"input_scale": 0.0}])
+def test_unknown_modes_name_the_key(mode, rcnn):
+    with pytest.raises(ValueError, match=f"TEACHER.{next(iter(mode)).upper()} is "):
+        planted(rcnn, **mode)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("scale", [0.5, 0.75])
+def test_losses_run_on_a_teacher_of_another_input_size(kind, scale, tiny_cfg, batch):
+    losses = ["GlobalKnowledge", "FeatureKnowledge", "InstanceRelation", "FGFI", "FBKD"]
+    if kind == "rcnn":
+        losses.append("ResponseKnowledge")
+    cfg = tiny_cfg(
+        kind, "MODEL.GLOBALKD.LOSSES", losses, "MODEL.GLOBALKD.TEACHER.INPUT_SCALE", scale
+    )
+    register_datasets(cfg)
+    model = build_model(cfg).train()
+    with EventStorage(0):
+        terms = {k: v for k, v in model(batch).items() if k.startswith("loss_kd")}
+    assert len(terms) > len(losses) and all(x.isfinite() and x > 0 for x in terms.values())
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind, loss", [("rcnn", "GID"), ("retinanet", "ResponseKnowledge")])
+def test_what_compares_anchors_refuses_another_input_size(kind, loss, tiny_cfg):
+    options = ["MODEL.GLOBALKD.LOSSES", [loss], "MODEL.GLOBALKD.TEACHER.INPUT_SCALE", 0.5]
+    with pytest.raises(ValueError, match=rf"\['{loss}'\].*INPUT_SCALE = 0.5"):
+        build_model(tiny_cfg(kind, *options))

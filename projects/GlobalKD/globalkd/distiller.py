@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from .features import InstancePooler, LevelPair, match_levels
 from .losses import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRows, StudentOutputs
+from .non_finite import NonFiniteLosses
 from .pairing import check_pair, inherit_heads
 from .prototype_bank import PrototypeBank
 from .prototype_refresh import PrototypeRefresher
+from .reservoir import InstanceReservoir
 from .schedule import weight_factor
 from .structures import PrototypeSet
 from .teacher import Teacher, build_teacher
+from .visualization import put_reliability
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,9 @@ class Distiller(nn.Module):
         stop_iter: int = 0,
         decay: str = "none",
         max_iter: int = 0,
+        non_finite_loss: str = "raise",
         input_format: str = "BGR",
+        vis_period: int = 0,
     ):
         """
         Args:
@@ -62,12 +67,14 @@ class Distiller(nn.Module):
             losses: the losses to add up; at least one with a weight.
             refresher: makes the prototypes; needed if a loss reads them.
             input_format: channel order of the student's images.
+            vis_period: iterations between two pictures of the reliability weights; 0 for none.
 
         The other arguments are the keys of MODEL.GLOBALKD with the same names; see `config.py`.
         """
         super().__init__()
         _check_choice("INSTANCES", instances, ("positives", "ground_truth"))
         _check_choice("DECAY", decay, ("none", "linear", "cosine"))
+        _check_choice("NON_FINITE_LOSS", non_finite_loss, ("raise", "skip"))
         active = [loss for loss in losses if any(loss.weights.values())]
         if not active:
             raise ValueError(
@@ -83,6 +90,7 @@ class Distiller(nn.Module):
         self.instances = instances
         self.pooler = InstancePooler(pooler_resolution)
         self.bank: Optional[PrototypeBank] = None
+        self.reservoir: Optional[InstanceReservoir] = None
         self.bank_settings = {
             "num_prototypes": num_prototypes,
             "normalize": normalize,
@@ -97,7 +105,9 @@ class Distiller(nn.Module):
             "decay": decay,
             "max_iter": max_iter,
         }
+        self.non_finite = NonFiniteLosses(skip=non_finite_loss == "skip")
         self.input_format = input_format
+        self.vis_period = vis_period
         self.levels: List[LevelPair] = []
         self._prepared = -1
 
@@ -109,7 +119,11 @@ class Distiller(nn.Module):
             node.TEACHER.WEIGHTS,
             node.TEACHER.OPTS,
             allow_random_weights=node.TEACHER.ALLOW_RANDOM_WEIGHTS,
+            allow_pickle=node.ALLOW_PICKLE,
             device=cfg.MODEL.DEVICE,
+            precision=node.TEACHER.PRECISION,
+            compile=node.TEACHER.COMPILE,
+            input_scale=node.TEACHER.INPUT_SCALE,
         )
         return {
             "teacher": teacher,
@@ -128,7 +142,9 @@ class Distiller(nn.Module):
             "stop_iter": node.STOP_ITER,
             "decay": node.DECAY,
             "max_iter": cfg.SOLVER.MAX_ITER,
+            "non_finite_loss": node.NON_FINITE_LOSS,
             "input_format": cfg.INPUT.FORMAT,
+            "vis_period": cfg.VIS_PERIOD,
         }
 
     @property
@@ -169,9 +185,12 @@ class Distiller(nn.Module):
                 student_channels={p.student: p.student_channels for p in self.levels},
                 **self.bank_settings,
             )
+            if self.refresher is not None:
+                self.reservoir = self.refresher.build_reservoir(self.levels, num_classes)
         for loss in self.losses.values():
             loss.num_classes = num_classes
             loss.attach(self.levels)
+        self.non_finite.watch_parameters(self.losses)
         self.to(next(student.parameters()).device)
 
     def factor(self, iteration: int) -> float:
@@ -196,13 +215,24 @@ class Distiller(nn.Module):
             raise ValueError("A loss needs prototypes: give the Distiller a PrototypeRefresher.")
         if not self.bank.is_ready and self.refresher.file:
             self.refresher.load(self.bank)
-        if self.refresher.is_due(iteration, self.bank):
+        if not self.refresher.is_due(iteration, self.bank):
+            return
+        if self.reservoir is not None and self.bank.is_ready:
+            self.refresher.refresh_from(self.reservoir, self.bank, iteration)
+        else:
             self.refresh(student)
 
-    def refresh(self, student: nn.Module) -> Optional[PrototypeSet]:
-        """Make prototypes with the present student; what was chosen, on the main process only."""
+    def refresh(
+        self, student: nn.Module, num_images: Optional[int] = None
+    ) -> Optional[PrototypeSet]:
+        """Make prototypes with the present student; see `PrototypeRefresher.refresh`."""
         return self.refresher.refresh(
-            student, self.teacher, self.bank, levels=self.levels, pooler=self.pooler
+            student,
+            self.teacher,
+            self.bank,
+            levels=self.levels,
+            pooler=self.pooler,
+            num_images=num_images,
         )
 
     def forward(
@@ -223,20 +253,26 @@ class Distiller(nn.Module):
         """
         iteration = get_event_storage().iter
         factor = self.factor(iteration)
+        student = self.non_finite.watch_student(student)
         context = self._context(batched_inputs, student, iteration)
         terms: Dict[str, Tensor] = {}
         for loss in self.losses.values():
             for name, term in loss(context).items():
                 assert name not in terms and name not in detection_losses, name
                 terms[name] = term * (factor * loss.weights[name])
+        terms = self.non_finite.watch_terms(terms, iteration, batched_inputs)
+        if self.reservoir is not None:
+            self._harvest(context)
         if (iteration + 1) % LOG_PERIOD == 0:
             self._write_observations(context, terms, detection_losses)
+        if self.bank is not None and self.vis_period > 0 and iteration % self.vis_period == 0:
+            put_reliability(get_event_storage(), context, self.input_format)
         return terms
 
     def _context(self, batched_inputs, student: StudentOutputs, iteration) -> DistillContext:
         teacher_features = self.teacher.features(batched_inputs, self.input_format)
         student_maps, teacher_maps = DistillContext.align_maps(
-            self.levels, student.features, teacher_features
+            self.levels, student.features, self.teacher.on_input_grid(teacher_features)
         )
         device = student.positives.boxes.device
         ground_truth = InstanceRows.from_ground_truth(
@@ -261,6 +297,27 @@ class Distiller(nn.Module):
             batched_inputs=batched_inputs,
         )
 
+    @torch.no_grad()
+    def _harvest(self, context: DistillContext) -> None:
+        """Put the annotated boxes of a step into the reservoir.
+
+        They and not the positives, since prototypes are defined on them; a loss that pools them,
+        too, has done the work already.
+        """
+        rows, instances = context.ground_truth, context.on_ground_truth
+        scale = [
+            (x.get("width", width) / width, x.get("height", height) / height)
+            for x, (height, width) in zip(context.batched_inputs, context.image_sizes)
+        ]
+        scale = rows.boxes.new_tensor(scale)[rows.image_index]
+        self.reservoir.add(
+            instances.teacher_instance_features,
+            instances.student_instance_features,
+            classes=rows.classes,
+            boxes=rows.boxes * scale.repeat(1, 2),
+            iteration=context.iteration,
+        )
+
     def zero_terms(self) -> Dict[str, Tensor]:
         """Terms of a step without distillation: 0, yet every parameter takes part in it."""
         device = self.teacher.model.device
@@ -279,6 +336,9 @@ class Distiller(nn.Module):
         storage = get_event_storage()
         storage.put_scalars(smoothing_hint=False, **dict(zip(values, numbers)))
         storage.put_scalar("kd/num_instances", len(context.instances), smoothing_hint=False)
+        if self.non_finite.skip:
+            skipped = self.non_finite.report()
+            storage.put_scalar("kd/skipped_steps", skipped, smoothing_hint=False)
 
 
 def build_loss(cfg, name: str) -> DistillLoss:

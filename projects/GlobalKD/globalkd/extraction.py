@@ -4,9 +4,9 @@ A deterministic choice of images, each forwarded once for all its classes, in ev
 without gradient. Not here: which instances become prototypes.
 """
 
-import copy
 import logging
-import random
+import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterator, List, Sequence
@@ -16,12 +16,15 @@ import torch
 from detectron2.data import build_detection_test_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.data.samplers import InferenceSampler
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .data.unreadable import UNREADABLE, pass_over
 from .features import InstancePooler, LevelPair, crop_to_common, to_rois
+from .random_state import isolated_rng
 from .structures import PairedFeatures
 from .teacher import Teacher
 
@@ -84,13 +87,28 @@ def choose_images(table: BoxTable, *, max_images_per_class: int, seed: int) -> n
 class ExtractionMapper:
     """Dataset dict -> model input without random augmentation, with the boxes to pool."""
 
-    def __init__(self, augmentations: Sequence[T.Augmentation], image_format: str):
+    def __init__(
+        self, augmentations: Sequence[T.Augmentation], image_format: str, max_unreadable: int = 0
+    ):
+        """
+        Args:
+            max_unreadable: DATALOADER.MAX_UNREADABLE_IMAGES; of such an image no box is pooled.
+        """
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
+        self.max_unreadable = max_unreadable
+        self.unreadable = torch.zeros((), dtype=torch.int64).share_memory_()  # by the workers
 
     def __call__(self, record: dict) -> dict:
-        image = utils.read_image(record["file_name"], format=self.image_format)
-        utils.check_image_size(record, image)
+        try:
+            image = utils.read_image(record["file_name"], format=self.image_format)
+            utils.check_image_size(record, image)
+        except UNREADABLE as error:
+            self.unreadable += 1
+            pass_over(record, error, int(self.unreadable), self.max_unreadable)
+            image = np.zeros((record["height"], record["width"], 3), dtype=np.uint8)
+            rows = {key: record[key][:0] for key in ("boxes", "classes", "annotation_ids")}
+            record = {**record, **rows}
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         boxes = np.asarray(record["boxes"], dtype=np.float64).reshape(-1, 4)
@@ -142,11 +160,12 @@ def extract_features(
     batch_size: int = 1,
     num_workers: int = 0,
     progress: bool = True,
+    folder: str = "",
 ) -> PairedFeatures:
     """Pool every box of every record on every level in both detectors.
 
     The student is put into evaluation mode and back. Each process handles its share of the
-    records; see `gather_features`.
+    records, in their order: the first process the first ones.
 
     Args:
         student: the student detector, with `backbone` and `preprocess_image`.
@@ -154,24 +173,29 @@ def extract_features(
         mapper: an `ExtractionMapper`.
         input_format: channel order of the mapper's images.
         progress: show a progress bar (main process, and only on a terminal).
+        folder: where to keep the features as memory-mapped temporary files; empty: in memory.
 
     Returns:
         This process's rows, on the CPU.
     """
+    sampler = InferenceSampler(len(records))
     loader = build_detection_test_loader(
-        records, mapper=mapper, batch_size=batch_size, num_workers=num_workers
+        records, mapper=mapper, sampler=sampler, batch_size=batch_size, num_workers=num_workers
     )
-    parts = [_empty_features(levels)]
+    features = _allocate(sum(len(records[i]["boxes"]) for i in sampler), levels, folder)
+    start = 0
     hidden = None if progress and comm.is_main_process() else True  # None: only on a terminal
     with _evaluation_mode(student), isolated_rng():
         for batch in tqdm(loader, desc="instance features", unit="batch", disable=hidden):
-            parts.append(_extract_batch(student, teacher, batch, levels, pooler, input_format))
-    return PairedFeatures.cat(parts)
+            part = _extract_batch(student, teacher, batch, levels, pooler, input_format)
+            features.write(start, part)
+            start += len(part)
+    return features.select(slice(start))  # fewer than expected where an image could not be read
 
 
 def _extract_batch(student, teacher, batch, levels, pooler, input_format) -> PairedFeatures:
     student_maps = student.backbone(student.preprocess_image(batch).tensor)
-    teacher_maps = teacher.features(batch, input_format)
+    teacher_maps = teacher.on_input_grid(teacher.features(batch, input_format))
     pooled: Dict[str, Dict[str, Tensor]] = {"student": {}, "teacher": {}}
     device = next(iter(student_maps.values())).device
     rois = to_rois([x["boxes"] for x in batch]).to(device)
@@ -190,22 +214,27 @@ def _extract_batch(student, teacher, batch, levels, pooler, input_format) -> Pai
     )
 
 
-def _empty_features(levels: Sequence[LevelPair]) -> PairedFeatures:
-    ids = torch.zeros(0, dtype=torch.int64)
+def _allocate(rows: int, levels: Sequence[LevelPair], folder: str) -> PairedFeatures:
+    """Room for so many instances; their features in files of a folder, if one is given."""
+
+    def features(channels: int) -> Tensor:
+        if not folder or rows == 0:
+            return torch.zeros(rows, channels)
+        os.makedirs(folder, exist_ok=True)
+        # The file has no name once this returns: it lives as long as the tensor.
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            mapped = torch.from_file(file.name, shared=True, size=rows * channels)
+        return mapped.view(rows, channels)
+
+    ids = torch.zeros(rows, dtype=torch.int64)
     return PairedFeatures(
-        teacher={p.student: torch.zeros(0, p.teacher_channels) for p in levels},
-        student={p.student: torch.zeros(0, p.student_channels) for p in levels},
+        teacher={p.student: features(p.teacher_channels) for p in levels},
+        student={p.student: features(p.student_channels) for p in levels},
         classes=ids,
-        image_ids=ids,
-        boxes=torch.zeros(0, 4),
-        annotation_ids=ids,
+        image_ids=ids.clone(),
+        boxes=torch.zeros(rows, 4),
+        annotation_ids=ids.clone(),
     )
-
-
-def gather_features(features: PairedFeatures) -> PairedFeatures:
-    """All processes' rows in the order of the records, on the main process; empty elsewhere."""
-    parts = comm.gather(features)
-    return PairedFeatures.cat(parts) if parts else features.select(torch.zeros(0, dtype=torch.long))
 
 
 @contextmanager
@@ -217,13 +246,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def isolated_rng() -> Iterator[None]:
-    """Leave every random state as it was, so that a pass over data does not change training."""
-    states = copy.deepcopy(random.getstate()), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])

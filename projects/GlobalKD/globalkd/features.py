@@ -141,13 +141,36 @@ class InstancePooler(nn.Module):
         Returns:
             (R, D) float32, differentiable in `features`; (0, D) without boxes.
         """
+        pool = self._by_kernel if features.is_cuda else self._by_product
         with torch.autocast(features.device.type, enabled=False):
-            pooled = roi_align(
-                features.float(),
-                rois.float(),
-                output_size=1,
-                spatial_scale=1.0 / stride,
-                sampling_ratio=self.resolution,
-                aligned=True,
-            )
+            return pool(features.float(), rois.float(), 1.0 / stride)
+
+    def _by_kernel(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
+        pooled = roi_align(
+            features,
+            rois,
+            output_size=1,
+            spatial_scale=scale,
+            sampling_ratio=self.resolution,
+            aligned=True,
+        )
         return pooled.flatten(1)
+
+    def _by_product(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
+        """The same as one matrix product an image: on a CPU RoIAlign runs on a single core."""
+        image, boxes = rois[:, 0], rois[:, 1:] * scale - 0.5
+        height, width = features.shape[-2:]
+        along_y = self._axis_weights(boxes[:, 1], boxes[:, 3], height)
+        along_x = self._axis_weights(boxes[:, 0], boxes[:, 2], width)
+        weights = (along_y[:, :, None] * along_x[:, None, :]).flatten(1)  # (R, H W)
+        rows = [(image == i).nonzero().squeeze(1) for i in range(len(features))]
+        pooled = [weights[r] @ x.flatten(1).T for r, x in zip(rows, features.unbind())]
+        return torch.cat(pooled)[torch.cat(rows).argsort()]
+
+    def _axis_weights(self, start: Tensor, stop: Tensor, size: int) -> Tensor:
+        """(R, size) share of each cell in an interval's mean, by RoIAlign's rules for one axis."""
+        steps = (torch.arange(self.resolution, device=start.device) + 0.5) / self.resolution
+        points = start[:, None] + (stop - start)[:, None] * steps  # (R, G) in cells
+        inside = (points >= -1) & (points <= size)
+        distance = points.clamp(0, size - 1)[..., None] - torch.arange(size, device=start.device)
+        return ((1 - distance.abs()).clamp_min(0) * inside[..., None]).mean(dim=1)

@@ -44,6 +44,15 @@ def check_pair(
             f"({type(student).__name__}) has {_head_kind(student)} heads. Take them out of "
             "MODEL.GLOBALKD.LOSSES, or distil a RetinaNet."
         )
+    by_anchor = asking("needs_dense")
+    if _head_kind(student) == "dense":
+        by_anchor += asking("needs_responses")
+    if by_anchor and teacher.input_scale != 1:
+        raise ValueError(
+            f"{by_anchor} compare anchor by anchor, but with MODEL.GLOBALKD.TEACHER.INPUT_SCALE = "
+            f"{teacher.input_scale:g} the teacher's anchors are others. Set it to 1, or take the "
+            "losses out of MODEL.GLOBALKD.LOSSES."
+        )
     if asking("needs_responses"):
         check_comparable(student, teacher, asking("needs_responses"), num_classes=num_classes)
     if asking("needs_dense"):

@@ -59,11 +59,11 @@ class PrototypeBank(nn.Module):
             ValueError: a setting that is not among these.
         """
         super().__init__()
-        _check("PROJECTION.TYPE", projection, projection in _PROJECTIONS, list(_PROJECTIONS))
-        _check("RELIABILITY.TYPE", reliability, reliability in _RELIABILITY, list(_RELIABILITY))
+        _check("PROJECTION.TYPE", projection, projection in PROJECTIONS, list(PROJECTIONS))
+        _check("RELIABILITY.TYPE", reliability, reliability in RELIABILITIES, list(RELIABILITIES))
         _check("PROTOTYPES.NUM", num_prototypes, num_prototypes >= 1, "1 or more")
         lam = projection_lambda
-        used = (projection, _RELIABILITY[reliability].projection)
+        used = (projection, RELIABILITIES[reliability].projection)
         _check("PROJECTION.LAMBDA", lam, lam >= 0 and math.isfinite(lam), "finite and 0 or more")
         self.num_classes = num_classes
         self.num_prototypes = num_prototypes
@@ -83,7 +83,11 @@ class PrototypeBank(nn.Module):
 
     @torch.no_grad()
     def update(self, prototypes: PrototypeSet) -> None:
-        """Replace all prototypes. The buffers keep their device and dtype."""
+        """Replace the prototypes of every class that has instances; others keep what they have.
+
+        The buffers keep their device and dtype.
+        """
+        seen = prototypes.counts > 0
         for name, level in self.levels.items():
             for buffer, new in (
                 (level.teacher_prototypes, prototypes.teacher[name]),
@@ -91,7 +95,7 @@ class PrototypeBank(nn.Module):
                 (level.valid, prototypes.valid[name]),
             ):
                 assert buffer.shape == new.shape, (name, buffer.shape, new.shape)
-                buffer.copy_(new)
+                buffer[seen.to(buffer.device)] = new[seen].to(buffer)
         self._prepare()
 
     def valid(self, level: str) -> Tensor:
@@ -135,7 +139,7 @@ class PrototypeBank(nn.Module):
         Returns:
             (R,) float32 in [0, 1], detached; 1 where the class has no prototype.
         """
-        measure = _RELIABILITY[self.reliability_type]
+        measure = RELIABILITIES[self.reliability_type]
         if measure.projection is None:
             return torch.ones(len(student), device=student.device)
         w_t, w_s = (
@@ -190,7 +194,7 @@ class PrototypeBank(nn.Module):
     def _coefficients(
         self, projection: str, level: str, teacher: Tensor, student: Tensor
     ) -> Tuple[Tensor, Tensor]:
-        project = _PROJECTIONS[projection]
+        project = PROJECTIONS[projection]
         with torch.autocast(student.device.type, enabled=False):
             w_t, w_s = project(self.levels[level], teacher.detach().float(), student.float())
         shape = len(student), self.num_classes, self.num_prototypes
@@ -207,12 +211,14 @@ def _prepare_after_loading(bank: PrototypeBank, _incompatible: List) -> None:
 
 
 def _max_cosine(w_t: Tensor, w_s: Tensor, valid: Tensor, _lam: float) -> Tensor:
+    """1 less the difference of the largest cosines, as in the released code."""
     # -1, the least cosine, in empty slots: a class without prototypes has difference 0.
     t, s = (w.masked_fill(~valid, -1).amax(dim=1) for w in (w_t, w_s))
     return (1 - (s - t).abs()).clamp(0, 1)
 
 
 def _coefficient_distance(w_t: Tensor, w_s: Tensor, _valid: Tensor, lam: float) -> Tensor:
+    """exp of minus how far the pursuit's coefficients lie apart, Eq. (8)."""
     return torch.exp(-(1 + 2 * lam) * torch.linalg.vector_norm(w_t - w_s, dim=1))
 
 
@@ -223,8 +229,9 @@ class _Reliability(NamedTuple):
     weight: Optional[Callable[[Tensor, Tensor, Tensor, float], Tensor]]
 
 
-_PROJECTIONS = {"pursuit": LevelPrototypes.by_pursuit, "cosine": LevelPrototypes.by_cosine}
-_RELIABILITY = {
+#: The values of MODEL.GLOBALKD.PROJECTION.TYPE and of MODEL.GLOBALKD.RELIABILITY.TYPE.
+PROJECTIONS = {"pursuit": LevelPrototypes.by_pursuit, "cosine": LevelPrototypes.by_cosine}
+RELIABILITIES = {
     "coefficients": _Reliability("pursuit", _coefficient_distance),
     "max_cosine": _Reliability("cosine", _max_cosine),
     "none": _Reliability(None, None),

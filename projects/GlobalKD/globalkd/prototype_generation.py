@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 DENSITY_WIDTH = 0.1
 #: Entries of the density's kernel matrix that are held at a time.
 DENSITY_BLOCK = 2**22
+#: Rows that are normalised at a time.
+NORMALIZED_ROWS = 4096
 
 
 @torch.no_grad()
@@ -155,14 +157,18 @@ def _class_instances(
     for space in ("teacher", "student"):
         x = getattr(features, space)[level][rows].to(device)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if not x.isfinite().all():
-            raise ValueError(
-                f"The {space} features of class {int(features.classes[rows[0]])} on level {level} "
-                f"are not finite; check the weights of the {space}."
-            )
-        unit = unit_rows(x)
-        candidates &= unit.any(dim=1)
-        spaces[space] = unit if normalize else x
+        # In place and part by part: `x` is a copy already, and may be most of the memory.
+        for part, candidate in zip(x.split(NORMALIZED_ROWS), candidates.split(NORMALIZED_ROWS)):
+            if not part.isfinite().all():
+                raise ValueError(
+                    f"The {space} features of class {int(features.classes[rows[0]])} on level "
+                    f"{level} are not finite; check the weights of the {space}."
+                )
+            unit = unit_rows(part)
+            candidate &= unit.any(dim=1)
+            if normalize:
+                part.copy_(unit)
+        spaces[space] = x
     return ClassInstances(**spaces, boxes=features.boxes[rows].to(device), candidates=candidates)
 
 

@@ -69,8 +69,8 @@ def pursuit(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
         settings.lam,
         candidates=instances.candidates,
     )
-    spaces = (instances.teacher, instances.student)
-    energy = sum(torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in spaces)
+    norms = (torch.linalg.vector_norm(x, dim=1) for x in (instances.teacher, instances.student))
+    energy = sum(x.double().square().sum() for x in norms)
     return rows, gains / energy.clamp_min(1e-30)
 
 

@@ -3,6 +3,9 @@
 `PrototypeRefresher` joins dataset, extraction, generation and bank. It holds settings and a cache
 of the chosen images, and no state of training: whether a refresh is due follows from the iteration
 alone, so that an interrupted run resumes as if it had not been.
+
+The instances come from a pass over the data, or from the reservoir that training fills. Either
+way each process brings its share of them and works on its share of the classes.
 """
 
 import logging
@@ -11,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -19,21 +22,22 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
-from torch import nn
+from torch import Tensor, nn
 
+from .class_sharding import ClassShard, run_everywhere
 from .extraction import (
     ExtractionMapper,
     choose_images,
     extract_features,
     extraction_records,
-    gather_features,
-    isolated_rng,
     usable_boxes,
 )
 from .features import InstancePooler, LevelPair
 from .prototype_bank import PrototypeBank
-from .prototype_generation import generate_prototypes
-from .structures import PrototypeSet
+from .prototype_generation import generate_prototypes, rows_by_class
+from .random_state import isolated_rng
+from .reservoir import InstanceReservoir
+from .structures import PairedFeatures, PrototypeSet
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -79,6 +83,8 @@ class ImageSource:
     image_format: str = "BGR"
     augmentations: Sequence[T.Augmentation] = field(default_factory=list)
     num_workers: int = 0
+    feature_dir: str = ""
+    max_unreadable: int = 0
 
     @staticmethod
     def from_config(cfg: CfgNode) -> "ImageSource":
@@ -95,6 +101,8 @@ class ImageSource:
             image_format=cfg.INPUT.FORMAT,
             augmentations=[resize] if cfg.INPUT.MIN_SIZE_TEST > 0 else [],
             num_workers=cfg.DATALOADER.NUM_WORKERS,
+            feature_dir=node.FEATURE_DIR,
+            max_unreadable=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
         )
 
 
@@ -109,6 +117,8 @@ class PrototypeRefresher:
         generation: GenerationSettings,
         images_per_batch: int,
         refresh_epochs: float = 1.0,
+        mode: str = "pass",
+        reservoir_size: int = 256,
         file: str = "",
         fingerprint: Optional[dict] = None,
     ):
@@ -118,6 +128,9 @@ class PrototypeRefresher:
             generation: how prototypes are chosen.
             images_per_batch: training images a step over all processes; gives the epoch's length.
             refresh_epochs: T; 0 for only before the first step.
+            mode: "pass" over the dataset at each refresh, or "harvest" what training computes;
+                prototypes that a bank has none of come from a pass in any case.
+            reservoir_size: for "harvest", the instances that each class keeps in each process.
             file: prototypes to start from instead of generating them.
             fingerprint: what `file` must have been made with, and what saved files say.
         """
@@ -126,10 +139,21 @@ class PrototypeRefresher:
                 f"MODEL.GLOBALKD.PROTOTYPES.REFRESH_EPOCHS is {refresh_epochs}; it must be 0 or "
                 "more."
             )
+        if mode not in ("pass", "harvest"):
+            raise ValueError(
+                f"MODEL.GLOBALKD.PROTOTYPES.REFRESH is {mode!r}; it must be pass or harvest."
+            )
+        if reservoir_size < 1:
+            raise ValueError(
+                f"MODEL.GLOBALKD.PROTOTYPES.RESERVOIR_SIZE is {reservoir_size}; it must be 1 or "
+                "more."
+            )
         self.source = source
         self.generation = generation
         self.images_per_batch = images_per_batch
         self.refresh_epochs = refresh_epochs
+        self.mode = mode
+        self.reservoir_size = reservoir_size
         self.file = file
         self.fingerprint = fingerprint or {}
 
@@ -140,6 +164,7 @@ class PrototypeRefresher:
         fingerprint = {
             "teacher_config": node.TEACHER.CONFIG_FILE,
             "teacher_weights": node.TEACHER.WEIGHTS,
+            "teacher_input_scale": node.TEACHER.INPUT_SCALE,
             "student_weights": cfg.MODEL.WEIGHTS,
             "datasets": list(cfg.DATASETS.TRAIN),
             **{k.lower(): v for k, v in node.PROTOTYPES.items() if k not in _NOT_IN_FINGERPRINT},
@@ -149,6 +174,8 @@ class PrototypeRefresher:
             "generation": generation,
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
             "refresh_epochs": node.PROTOTYPES.REFRESH_EPOCHS,
+            "mode": node.PROTOTYPES.REFRESH,
+            "reservoir_size": node.PROTOTYPES.RESERVOIR_SIZE,
             "file": node.PROTOTYPES.FILE,
             "fingerprint": fingerprint,
         }
@@ -171,6 +198,12 @@ class PrototypeRefresher:
             max_images_per_class=self.source.max_images_per_class,
             seed=self.source.seed,
         )
+        left_out = len(set(table.image_ids.tolist())) - len(images)
+        if left_out:
+            logger.info(
+                f"PROTOTYPES.MAX_IMAGES_PER_CLASS = {self.source.max_images_per_class}: prototypes "
+                f"come from {len(images)} images; {left_out} more have boxes and are left out."
+            )
         return len(dicts), extraction_records(dicts, table, images)
 
     @property
@@ -178,14 +211,36 @@ class PrototypeRefresher:
         """The chosen images; see `extraction_records`."""
         return self._dataset[1]
 
+    @property
+    def epoch_iters(self) -> float:
+        """Iterations in which training sees each image once."""
+        return self._dataset[0] / self.images_per_batch
+
+    def build_reservoir(
+        self, levels: Sequence[LevelPair], num_classes: int
+    ) -> Optional[InstanceReservoir]:
+        """An empty reservoir if refreshes are to read one; else None."""
+        if self.mode == "pass" or self.refresh_epochs == 0:
+            return None
+        return InstanceReservoir(
+            levels,
+            num_classes=num_classes,
+            size=self.reservoir_size,
+            min_box_size=self.source.min_box_size,
+        )
+
     def is_due(self, iteration: int, bank: PrototypeBank) -> bool:
         """Whether the step of this iteration needs new prototypes first."""
         if not bank.is_ready:
             return True
         if self.refresh_epochs == 0 or iteration == 0:
             return False
-        period = self.refresh_epochs * self._dataset[0] / self.images_per_batch
-        return math.floor(iteration / period) > math.floor((iteration - 1) / period)
+        return math.floor(iteration / self.period) > math.floor((iteration - 1) / self.period)
+
+    @property
+    def period(self) -> float:
+        """Iterations between two refreshes; 0 for only one, before the first step."""
+        return self.refresh_epochs * self.epoch_iters
 
     def refresh(
         self,
@@ -195,41 +250,76 @@ class PrototypeRefresher:
         *,
         levels: Sequence[LevelPair],
         pooler: InstancePooler,
+        num_images: Optional[int] = None,
     ) -> Optional[PrototypeSet]:
-        """Make prototypes with the present student and put them into the bank of every process.
+        """Make prototypes in a pass over the data and put them into the bank of every process.
+
+        Args:
+            num_images: take so many of the chosen images at most, evenly spaced: for a trial.
 
         Returns:
             What was chosen, on the main process; None elsewhere.
+
+        Raises:
+            RuntimeError: it failed on another process; the message says on which, and with what.
         """
-        start = time.perf_counter()
         device = next(student.parameters()).device
-        with torch.autocast(device.type, enabled=False):
-            features = extract_features(
-                student,
-                teacher,
-                self.records,
-                levels=levels,
-                pooler=pooler,
-                mapper=ExtractionMapper(self.source.augmentations, self.source.image_format),
-                input_format=self.source.image_format,
-                num_workers=self.source.num_workers,
-            )
-        features = gather_features(features)
+        source = self.source
+        mapper = ExtractionMapper(source.augmentations, source.image_format, source.max_unreadable)
+
+        def extract() -> PairedFeatures:
+            step = math.ceil(len(self.records) / (num_images or len(self.records)))
+            with torch.autocast(device.type, enabled=False):
+                return extract_features(
+                    student,
+                    teacher,
+                    self.records[::step],
+                    levels=levels,
+                    pooler=pooler,
+                    mapper=mapper,
+                    input_format=self.source.image_format,
+                    num_workers=self.source.num_workers,
+                    folder=self.source.feature_dir,
+                )
+
+        return self._renew(extract, bank, device)
+
+    def refresh_from(
+        self, reservoir: InstanceReservoir, bank: PrototypeBank, iteration: int
+    ) -> Optional[PrototypeSet]:
+        """`refresh` with what training left in the reservoir during the last epoch."""
+        since = math.ceil(iteration - self.epoch_iters)
+        return self._renew(lambda: reservoir.features(since), bank, reservoir.boxes.device)
+
+    def _renew(
+        self, extract: Callable[[], PairedFeatures], bank: PrototypeBank, device: torch.device
+    ) -> Optional[PrototypeSet]:
+        start = time.perf_counter()
+
+        def checked() -> PairedFeatures:
+            features = extract()
+            rows_by_class(features.classes, bank.num_classes)  # raises for a class out of range
+            return features
+
+        features = run_everywhere(checked, "Extracting instance features")
         extracted = time.perf_counter()
-        prototypes = _on_main_process(
+        shard = ClassShard.exchange(features, bank.num_classes)
+        prototypes = run_everywhere(
             lambda: generate_prototypes(
-                features,
+                shard.features,
                 num_classes=bank.num_classes,
                 device=device,
-                progress=sys.stderr.isatty(),
+                progress=comm.is_main_process() and sys.stderr.isatty(),
                 **vars(self.generation),
-            )
+            ),
+            "Prototype generation",
         )
+        prototypes = shard.collect(prototypes)
         if prototypes is not None:
             bank.update(prototypes)
         bank.broadcast()
         if prototypes is not None:
-            _log_refresh(prototypes, len(self.records), extracted - start, start)
+            _log_refresh(prototypes.counts, bank, extracted - start, time.perf_counter() - start)
         return prototypes
 
     def load(self, bank: PrototypeBank) -> None:
@@ -238,41 +328,22 @@ class PrototypeRefresher:
         logger.info(f"Prototypes loaded from {self.file}.")
 
 
-_NOT_IN_FINGERPRINT = ("FILE", "REFRESH_EPOCHS")
+_NOT_IN_FINGERPRINT = ("FILE", "FEATURE_DIR", "REFRESH", "REFRESH_EPOCHS", "RESERVOIR_SIZE")
 
 
-def _on_main_process(make) -> Optional[PrototypeSet]:
-    """Run on the main process; if it fails there, fail everywhere instead of waiting."""
-    result, error = None, None
-    if comm.is_main_process():
-        try:
-            result = make()
-        except Exception as e:
-            error = e
-    failed = comm.all_gather(None if error is None else f"{type(error).__name__}: {error}")[0]
-    if error is not None:
-        raise error
-    if failed:
-        raise RuntimeError(f"Prototype generation failed on the main process: {failed}")
-    return result
-
-
-def _log_refresh(prototypes: PrototypeSet, num_images: int, extraction: float, start: float):
-    level = next(iter(prototypes.valid))
-    covered = int(prototypes.valid[level].any(dim=1).sum())
-    num_classes = len(prototypes.counts)
-    total = time.perf_counter() - start
+def _log_refresh(counts: Tensor, bank: PrototypeBank, extraction: float, total: float) -> None:
+    level = next(iter(bank.levels))
+    covered = int(bank.valid(level).any(dim=1).sum())
     if has_event_storage():
         storage = get_event_storage()
-        storage.put_scalar("kd/classes_covered", covered / num_classes, smoothing_hint=False)
+        storage.put_scalar("kd/classes_covered", covered / len(counts), smoothing_hint=False)
         storage.put_scalar("kd/refresh_seconds", total, smoothing_hint=False)
     logger.info(
-        f"Prototypes: {int(prototypes.counts.sum())} instances of {covered} of {num_classes} "
-        f"classes in {num_images} images, {len(prototypes.valid)} levels; {total:.1f} s "
-        f"({extraction:.1f} s for features)."
+        f"Prototypes of {covered} of {len(counts)} classes on {len(bank.levels)} levels, from "
+        f"{int(counts.sum())} instances; {total:.1f} s ({extraction:.1f} s for features)."
     )
-    if covered < num_classes:
+    if covered < len(counts):
         logger.warning(
-            f"{num_classes - covered} classes have no prototype: their instances are distilled "
+            f"{len(counts) - covered} classes have no prototype: their instances are distilled "
             "with reliability 1 and take no part in the global knowledge."
         )

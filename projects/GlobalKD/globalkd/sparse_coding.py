@@ -10,12 +10,13 @@ How `select_atoms` avoids residuals: write the residuals side by side as R = [R_
 instances) and an atom as the D x 2 matrix E = diag(p_t, p_s). Then [u v] = R E, and Eq. (5) is
 [w_t w_s] = R E A with a symmetric 2 x 2 matrix A of the atom alone. The gain of the atom is the
 sum of the entries of A * Q with Q = E' M E and M = R' R. Taking the atom turns R into R - R E A E',
-hence, with H = M E A and S = A Q A,
+hence, with S = A Q A and H = M E A - E S / 2,
 
-    M  becomes  M - H E' - E H' + E S E'
-    Q_i  of candidate i  becomes  Q_i - X Y - Y X' + Y S Y,     X = E_i' H,  Y = E_i' E (diagonal),
+    M  becomes  M - H E' - E H'
+    Q_i  of candidate i  becomes  Q_i - X Y - Y X',     X = E_i' H,  Y = E_i' E (diagonal),
 
-where X and Y need one tall matrix product a space with the original features.
+where X and Y need one tall matrix product a space with the original features. A symmetric Q is kept
+as its three entries (tt, ts, ss).
 """
 
 from typing import Iterator, List, Optional, Tuple
@@ -69,12 +70,15 @@ def select_atoms(
     lam: float,
     *,
     candidates: Optional[Tensor] = None,
-    chunk_size: int = 16384,
+    chunk_size: int = 1024,
 ) -> Tuple[Tensor, Tensor]:
     """Choose atoms among the instances by greedy descent on Eq. (2).
 
     Exact, in O(R D^2 + P R D) time; beyond the features it holds O(D^2 + R + chunk_size D) numbers.
     All sums are in float64, so that the picks are those of the direct O(R^2 D) method there.
+
+    Features may lie in a memory-mapped file (`torch.from_file`, or `torch.from_numpy` of a
+    `numpy.memmap`): they are read front to back, P + 1 times, a chunk at a time.
 
     Args:
         teacher: (R, D_t) features, any float dtype.
@@ -96,26 +100,25 @@ def select_atoms(
     assert len(teacher) == len(student), (teacher.shape, student.shape)
     chunks = _Chunks(teacher, student, chunk_size)
     moment = _second_moment(chunks)
-    forms, norms = _quadratic_forms(chunks, moment)
-    mixing = _mixing(norms[:, 0], norms[:, 1], lam)
-    free = (norms > 0).all(dim=1)
+    forms, weights, free = _score(chunks, moment, lam)
     if candidates is not None:
         free &= candidates
     tolerance = TIE * moment.trace()
 
     indices: List[int] = []
     gains = []
-    for _ in range(min(num_atoms, int(free.sum()))):
-        gain = (mixing * forms).sum(dim=(1, 2)).masked_fill(~free, float("-inf"))
+    num_atoms = min(num_atoms, int(free.sum()))
+    while len(indices) < num_atoms:
+        gain = (weights * forms).sum(dim=1).masked_fill_(~free, float("-inf"))
         pick = int((gain >= gain.max() - tolerance).nonzero()[0])
         indices.append(pick)
         gains.append(gain[pick].clamp_min(0))
         free[pick] = False
-        atom = torch.block_diag(teacher[pick, :, None].double(), student[pick, :, None].double())
-        step = moment @ atom @ mixing[pick]  # H
-        overlap = mixing[pick] @ forms[pick] @ mixing[pick]  # S
-        _deflate_forms(forms, chunks, atom, step, overlap)
-        moment += atom @ overlap @ atom.T - step @ atom.T - atom @ step.T
+        if len(indices) < num_atoms:
+            atom = torch.block_diag(teacher[pick, :, None], student[pick, :, None]).double()
+            step = _step(moment, atom, lam)
+            moment.addmm_(step, atom.T, alpha=-1).addmm_(atom, step.T, alpha=-1)
+            _deflate_forms(forms, chunks, atom, step)
     picks = torch.tensor(indices, dtype=torch.int64, device=teacher.device)
     return picks, torch.stack(gains) if gains else moment.new_zeros(0)
 
@@ -163,15 +166,23 @@ def projection_operator(
 
 
 class _Chunks:
-    """Iterates over (rows, teacher, student): a few rows at a time, in float64."""
+    """Iterates over (rows, teacher, student): a few rows at a time, in float64.
+
+    What it yields is overwritten by the next step: fresh memory for each chunk would cost as much
+    time as a product with it.
+    """
 
     def __init__(self, teacher: Tensor, student: Tensor, size: int):
-        self.teacher, self.student, self.size = teacher, student, size
+        self.teacher, self.student = teacher, student
+        self.size = min(size, max(1, len(teacher)))
 
     def __iter__(self) -> Iterator[Tuple[slice, Tensor, Tensor]]:
+        sources = self.teacher, self.student
+        buffers = [x.new_empty(self.size, x.shape[1], dtype=torch.float64) for x in sources]
         for start in range(0, len(self.teacher), self.size):
             rows = slice(start, start + self.size)
-            yield rows, self.teacher[rows].double(), self.student[rows].double()
+            t, s = (b[: len(x[rows])].copy_(x[rows]) for b, x in zip(buffers, sources))
+            yield rows, t, s
 
 
 def _second_moment(chunks: _Chunks) -> Tensor:
@@ -180,15 +191,17 @@ def _second_moment(chunks: _Chunks) -> Tensor:
     width = split + chunks.student.shape[1]
     moment = torch.zeros(width, width, dtype=torch.float64, device=chunks.teacher.device)
     for _, t, s in chunks:
-        both = torch.cat([t, s], dim=1)
-        moment.addmm_(both.T, both)
+        moment[:split, :split].addmm_(t.T, t)
+        moment[:split, split:].addmm_(t.T, s)
+        moment[split:, split:].addmm_(s.T, s)
+    moment[split:, :split] = moment[:split, split:].T
     finite = moment.diagonal().isfinite()
     for name, x, part in (
         ("teacher", chunks.teacher, finite[:split]),
         ("student", chunks.student, finite[split:]),
     ):
         if not part.all():
-            bad = int((~x.isfinite().all(dim=1)).sum())
+            bad = sum(int((~rows.isfinite().all(dim=1)).sum()) for rows in x.split(chunks.size))
             raise ValueError(
                 f"The {name} features are NaN, infinite or too large to square in {bad} of "
                 f"{len(x)} rows; they must be finite."
@@ -196,39 +209,53 @@ def _second_moment(chunks: _Chunks) -> Tensor:
     return moment
 
 
-def _quadratic_forms(chunks: _Chunks, moment: Tensor) -> Tuple[Tensor, Tensor]:
-    """Q_i = E_i' M E_i of every row, (R, 2, 2), and squared norms in both spaces, (R, 2)."""
+def _score(chunks: _Chunks, moment: Tensor, lam: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """What the gain of every row is made of: gain = (weights * forms).sum(dim=1).
+
+    Returns:
+        forms: (R, 3), the entries tt, ts and ss of Q_i = E_i' M E_i.
+        weights: (R, 3), the entries tt, twice ts, and ss of A.
+        nonzero: (R,) bool, whether the row is a nonzero vector in both spaces.
+    """
     count, split = chunks.teacher.shape
-    forms = moment.new_zeros(count, 2, 2)
-    norms = moment.new_zeros(count, 2)
+    forms, weights = moment.new_zeros(count, 3), moment.new_zeros(count, 3)
+    nonzero = torch.zeros(count, dtype=torch.bool, device=moment.device)
     for rows, t, s in chunks:
-        forms[rows, 0, 0] = ((t @ moment[:split, :split]) * t).sum(dim=1)
-        cross = ((t @ moment[:split, split:]) * s).sum(dim=1)
-        forms[rows, 0, 1] = cross
-        forms[rows, 1, 0] = cross
-        forms[rows, 1, 1] = ((s @ moment[split:, split:]) * s).sum(dim=1)
-        norms[rows, 0] = t.square().sum(dim=1)
-        norms[rows, 1] = s.square().sum(dim=1)
-    return forms, norms
+        forms[rows, 0] = (t @ moment[:split, :split]).mul_(t).sum(dim=1)
+        forms[rows, 1] = (t @ moment[:split, split:]).mul_(s).sum(dim=1)
+        forms[rows, 2] = (s @ moment[split:, split:]).mul_(s).sum(dim=1)
+        n_t, n_s = t.square().sum(dim=1), s.square().sum(dim=1)
+        mixing = _mixing(n_t, n_s, lam)
+        weights[rows, 0], weights[rows, 2] = mixing[:, 0, 0], mixing[:, 1, 1]
+        weights[rows, 1] = 2 * mixing[:, 0, 1]
+        nonzero[rows] = (n_t > 0) & (n_s > 0)
+    return forms, weights, nonzero
 
 
 def _mixing(n_t: Tensor, n_s: Tensor, lam: float) -> Tensor:
-    """The matrix A of Eq. (5) with [w_t w_s] = [u v] A, (R, 2, 2)."""
+    """The symmetric matrix A of Eq. (5) with [w_t w_s] = [u v] A, (R,), (R,) -> (R, 2, 2)."""
     one, zero = torch.ones_like(n_t), torch.zeros_like(n_t)
     of_u = pair_coefficients(one, zero, n_t, n_s, lam)
     of_v = pair_coefficients(zero, one, n_t, n_s, lam)
     return torch.stack([torch.stack(of_u, dim=-1), torch.stack(of_v, dim=-1)], dim=-2)
 
 
-def _deflate_forms(
-    forms: Tensor, chunks: _Chunks, atom: Tensor, step: Tensor, overlap: Tensor
-) -> None:
+def _step(moment: Tensor, atom: Tensor, lam: float) -> Tensor:
+    """H = M E A - E S / 2 of an atom E, (D, 2)."""
+    n_t, n_s = atom.square().sum(dim=0)
+    mixing = _mixing(n_t, n_s, lam)
+    step = moment @ atom @ mixing  # M E A
+    overlap = mixing @ atom.T @ step  # S = A E' M E A
+    return step - atom @ overlap / 2
+
+
+def _deflate_forms(forms: Tensor, chunks: _Chunks, atom: Tensor, step: Tensor) -> None:
     """Update every Q_i in place for a taken atom; see the module's docstring."""
     split = chunks.teacher.shape[1]
-    left = torch.cat([atom[:split, :1], step[:split]], dim=1)  # (D_t, 3)
-    right = torch.cat([atom[split:, 1:], step[split:]], dim=1)
+    in_t = torch.cat([atom[:split, :1], step[:split]], dim=1)  # (D_t, 3)
+    in_s = torch.cat([atom[split:, 1:], step[split:]], dim=1)
     for rows, t, s in chunks:
-        both = torch.stack([t @ left, s @ right], dim=1)  # (rows, 2, 3)
-        y, x = both[..., 0], both[..., 1:]
-        cross = x * y[:, None, :]
-        forms[rows] += y[:, :, None] * overlap * y[:, None, :] - cross - cross.mT
+        y_t, x_tt, x_ts = (t @ in_t).unbind(dim=1)
+        y_s, x_st, x_ss = (s @ in_s).unbind(dim=1)
+        change = torch.stack([2 * x_tt * y_t, x_ts * y_s + x_st * y_t, 2 * x_ss * y_s], dim=1)
+        forms[rows] -= change

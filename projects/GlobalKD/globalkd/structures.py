@@ -5,7 +5,7 @@ student's space, L levels. Row i means the same instance in every tensor of a co
 """
 
 from dataclasses import dataclass
-from typing import Dict, Sequence
+from typing import Dict, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ class PairedFeatures:
     def levels(self) -> Sequence[str]:
         return list(self.teacher)
 
-    def select(self, rows: Tensor) -> "PairedFeatures":
-        """The given rows (index or bool mask), in the given order."""
+    def select(self, rows: Union[Tensor, slice]) -> "PairedFeatures":
+        """The given rows (index, bool mask, or a slice: without a copy), in the given order."""
         return PairedFeatures(
             teacher={level: x[rows] for level, x in self.teacher.items()},
             student={level: x[rows] for level, x in self.student.items()},
@@ -55,6 +55,15 @@ class PairedFeatures:
             boxes=self.boxes[rows],
             annotation_ids=self.annotation_ids[rows],
         )
+
+    def write(self, start: int, part: "PairedFeatures") -> None:
+        """Copy the rows of `part` over those from `start` on."""
+        rows = slice(start, start + len(part))
+        for level in self.levels:
+            self.teacher[level][rows] = part.teacher[level]
+            self.student[level][rows] = part.student[level]
+        for name in ("classes", "image_ids", "boxes", "annotation_ids"):
+            getattr(self, name)[rows] = getattr(part, name)
 
     @staticmethod
     def cat(parts: Sequence["PairedFeatures"]) -> "PairedFeatures":

@@ -6,12 +6,13 @@ and anchors that the student chose. Not here: what is learned from them.
 
 import logging
 import os
+from contextlib import nullcontext
 from typing import Callable, Dict, List, Sequence
 
 import torch
+import torch.nn.functional as F
 from detectron2 import model_zoo
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
@@ -19,10 +20,20 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from .config import add_globalkd_config
+from .config_reading import load_config
 from .dense_head import DenseOutputs, find_dense_head
+from .safe_loading import SafeCheckpointer
+from .sparse_convolution import anchor_logits, has_local_classes
 
 logger = logging.getLogger(__name__)
+
+#: MODEL.GLOBALKD.TEACHER.PRECISION; None leaves the teacher in what surrounds it.
+PRECISIONS = {
+    "student": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 class Teacher:
@@ -33,16 +44,37 @@ class Teacher:
     and `.cuda()` reach it.
     """
 
-    def __init__(self, model: nn.Module, *, input_format: str, class_names: Sequence[str] = ()):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_format: str,
+        class_names: Sequence[str] = (),
+        precision: str = "student",
+        compile: bool = False,
+        input_scale: float = 1.0,
+    ):
         """
         Args:
             model: a detector with a `backbone` and `preprocess_image`.
             input_format: channel order that it was trained with, such as "BGR".
             class_names: names of its classes in order; empty where they are not known.
+            precision: a key of `PRECISIONS`. With one of its own the teacher runs under its own
+                autocast, and what it returns is float32.
+            compile: run the backbone through `torch.compile`.
+            input_scale: factor on the sides of the images that the backbone sees.
+
+        Raises:
+            ValueError: a setting that is not among these.
         """
+        _check("PRECISION", precision, precision in PRECISIONS, f"one of {list(PRECISIONS)}")
+        _check("INPUT_SCALE", input_scale, 0 < input_scale < float("inf"), "positive")
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
         self.class_names = list(class_names)
+        self.precision = precision
+        self.input_scale = input_scale
+        self._backbone = torch.compile(model.backbone) if compile else model.backbone
 
     @property
     def output_shape(self):
@@ -59,11 +91,40 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, batched_inputs: List[dict], input_format: str) -> Dict[str, Tensor]:
-        """One backbone pass over a batch in the student's input format; level name -> map."""
+        """One backbone pass over a batch in the student's input format.
+
+        Returns:
+            level name -> map of the rescaled images; see `on_input_grid`.
+        """
         if input_format != self.input_format:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+        if self.input_scale != 1:
+            batched_inputs = [{**x, "image": self._rescale(x["image"])} for x in batched_inputs]
         images = self.model.preprocess_image(batched_inputs)
-        return self.model.backbone(images.tensor)
+        with self._own_precision():
+            maps = self._backbone(images.tensor)
+        return {name: self._returned(x) for name, x in maps.items()}
+
+    def on_input_grid(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Maps as `features` gave them, brought to the grid of the images before rescaling."""
+        if self.input_scale == 1:
+            return features
+        return {name: _resize(x, 1 / self.input_scale) for name, x in features.items()}
+
+    def _rescale(self, image: Tensor) -> Tensor:
+        image = image.to(self.model.device, torch.float32)
+        return _resize(image[None], self.input_scale, antialias=True)[0]
+
+    def _own_precision(self):
+        dtype = PRECISIONS[self.precision]
+        if dtype is None:
+            return nullcontext()
+        if dtype is torch.float32:
+            return torch.autocast(self.model.device.type, enabled=False)
+        return torch.autocast(self.model.device.type, dtype)
+
+    def _returned(self, x: Tensor) -> Tensor:
+        return x if PRECISIONS[self.precision] is None else x.float()
 
     @torch.no_grad()
     def box_logits(
@@ -73,18 +134,21 @@ class Teacher:
 
         Args:
             features: this teacher's feature maps.
-            boxes: per-image (R_i, 4) XYXY_ABS boxes.
-            image_sizes: per-image (height, width).
+            boxes: per-image (R_i, 4) XYXY_ABS boxes, before rescaling.
+            image_sizes: per-image (height, width), likewise.
 
         Returns:
             (R, K + 1), background last. A cascade gives the logarithm of the mean probability of
             its stages, whose softmax is what it predicts.
         """
+        scale = self.input_scale
         proposals = [
-            Instances(size, proposal_boxes=Boxes(b)) for size, b in zip(image_sizes, boxes)
+            Instances((round(h * scale), round(w * scale)), proposal_boxes=Boxes(b * scale))
+            for (h, w), b in zip(image_sizes, boxes)
         ]
-        with EventStorage():  # heads may log; not among the student's scalars
-            return _box_logits(self.model.roi_heads, features, proposals)
+        # Heads may log; not among the student's scalars.
+        with EventStorage(), self._own_precision():
+            return self._returned(_box_logits(self.model.roi_heads, features, proposals))
 
     @torch.no_grad()
     def dense_outputs(self, features: Dict[str, Tensor]) -> DenseOutputs:
@@ -94,9 +158,40 @@ class Teacher:
         """
         head = find_dense_head(self.model)
         maps = [features[f] for f in head.in_features]
-        with EventStorage():
-            logits, deltas = head.module(maps)
+        with EventStorage(), self._own_precision():
+            logits, deltas = ([self._returned(x) for x in out] for out in head.module(maps))
         return DenseOutputs.collect(head, head.anchor_generator(maps), logits, deltas)
+
+    @property
+    def scores_single_anchors(self) -> bool:
+        """Whether `anchor_logits` saves something: a RetinaNet head without norms, on a CPU."""
+        head = find_dense_head(self.model)
+        on_cpu = self.model.device.type == "cpu"
+        return on_cpu and head is not None and has_local_classes(head.module)
+
+    @torch.no_grad()
+    def anchor_logits(self, features: Dict[str, Tensor], rows: Tensor, num_rows: int) -> Tensor:
+        """Class logits (M, K) of (M,) anchors of the `num_rows` that the student has."""
+        head = find_dense_head(self.model)
+        with self._own_precision():
+            maps = [features[f] for f in head.in_features]
+            return self._returned(anchor_logits(head.module, maps, rows, num_rows))
+
+
+def _resize(maps: Tensor, scale: float, antialias: bool = False) -> Tensor:
+    """(N, D, H, W) -> (N, D, floor(scale H), floor(scale W)), the top-left corner kept in place."""
+    return F.interpolate(
+        maps,
+        scale_factor=scale,
+        mode="bilinear",
+        antialias=antialias and scale < 1,
+        recompute_scale_factor=False,
+    )
+
+
+def _check(key: str, value, right: bool, allowed: str) -> None:
+    if not right:
+        raise ValueError(f"MODEL.GLOBALKD.TEACHER.{key} is {value!r}; it must be {allowed}.")
 
 
 def _box_logits(heads: nn.Module, features: Dict[str, Tensor], proposals: List[Instances]):
@@ -128,7 +223,9 @@ def build_teacher(
     opts: Sequence[str] = (),
     *,
     allow_random_weights: bool = False,
+    allow_pickle: bool = False,
     device: str = "",
+    **modes,
 ) -> Teacher:
     """Build a teacher from a Detectron2 config and load its weights through the gate.
 
@@ -138,7 +235,9 @@ def build_teacher(
         opts: overrides, `["KEY", "VALUE", ...]`.
         allow_random_weights: accept missing or incomplete weights, with a warning; empty `weights`
             then mean none.
+        allow_pickle: accept weights whose reading may run code that is in the file.
         device: where to build it; empty for what the config says.
+        modes: `precision`, `compile` and `input_scale` of `Teacher`.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
@@ -151,14 +250,14 @@ def build_teacher(
         weights = _default_weights(config_file, cfg)
     cfg.MODEL.WEIGHTS = weights
     model = build_model(cfg)
-    load_teacher_weights(model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights)
-    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg))
+    load_teacher_weights(
+        model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights, allow_pickle=allow_pickle
+    )
+    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
 
 
 def teacher_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Read a teacher's config from a file or by its model-zoo name."""
-    cfg = get_cfg()
-    add_globalkd_config(cfg)
     path = config_file
     if not os.path.isfile(path):
         try:
@@ -169,8 +268,7 @@ def teacher_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
                 f"{os.getcwd()}) nor a model-zoo name such as "
                 "'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
             ) from None
-    cfg.merge_from_file(path)
-    cfg.merge_from_list(list(opts))
+    cfg = load_config(path, opts)
     cfg.MODEL.GLOBALKD.ENABLED = False
     return cfg
 
@@ -186,7 +284,7 @@ def _class_names(cfg: CfgNode) -> List[str]:
     return list(names[0]) if names else []
 
 
-class _ReportingCheckpointer(DetectionCheckpointer):
+class ReportingCheckpointer(SafeCheckpointer):
     """Keeps what Detectron2's loader only logs: the keys that did not load."""
 
     def _load_model(self, checkpoint):
@@ -194,17 +292,20 @@ class _ReportingCheckpointer(DetectionCheckpointer):
         return self.incompatible
 
 
-def load_teacher_weights(model: nn.Module, weights: str, *, allow_random: bool = False) -> None:
+def load_teacher_weights(
+    model: nn.Module, weights: str, *, allow_random: bool = False, allow_pickle: bool = False
+) -> None:
     """Load a checkpoint and refuse it unless every entry of the detector was filled.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: entries stayed unfilled; the message names them.
+        ValueError: entries stayed unfilled, and the message names them; or the file holds more than
+            tensors and plain values.
     """
     if not weights:
         _refuse("MODEL.GLOBALKD.TEACHER.WEIGHTS is empty, and its config names none", allow_random)
         return
-    checkpointer = _ReportingCheckpointer(model)
+    checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
     if "://" not in weights and not os.path.isfile(weights):
         raise FileNotFoundError(
             f"MODEL.GLOBALKD.TEACHER.WEIGHTS: there is no file {weights!r} (seen from "

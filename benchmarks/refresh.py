@@ -1,0 +1,116 @@
+#!/usr/bin/env python
+"""Refresh by a pass and by harvest, side by side on one training run: time and what they choose.
+
+    benchmarks/refresh.py --config-file configs/quick/gkd_R34_R18.yaml --steps 125 [KEY VALUE ...]
+
+Trains with PROTOTYPES.REFRESH harvest for --steps iterations, then makes prototypes in both ways
+with the student of that moment. "explained" is the share of the dataset's instance features that
+lies in the span of the prototypes of their class, averaged over instances and levels: the pass
+chooses among just these features, with an older student the harvest.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import TrainerBase
+from detectron2.utils.logger import setup_logger
+
+from globalkd import add_globalkd_config, register_datasets
+from globalkd.analysis.annotations import training_instances
+from globalkd.analysis.explained_share import explained_shares
+from globalkd.trainer import DistillTrainer, fall_back_to_cpu
+
+
+def timed(function, seconds):
+    """The function, with the duration of each call appended to a list."""
+
+    def wrapper(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    return wrapper
+
+
+def explained(bank, features):
+    """Space -> mean share of the features that the prototypes of their class and level explain."""
+    shares = {}
+    for space in ("teacher", "student"):
+        found = []
+        for name, level in bank.levels.items():
+            atoms = getattr(level, f"{space}_prototypes").cpu()
+            for k in features.classes.unique().tolist():
+                x = getattr(features, space)[name][features.classes == k]
+                found.append(explained_shares(x, atoms[k][level.valid[k].cpu()])[:, -1])
+        shares[space] = float(torch.cat(found).mean())
+    return shares
+
+
+def setup(args):
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.MODEL.GLOBALKD.PROTOTYPES.REFRESH = "harvest"
+    cfg.DATASETS.TEST = ()
+    fall_back_to_cpu(cfg)
+    register_datasets(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    setup_logger(cfg.OUTPUT_DIR, name="globalkd")
+    return cfg
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="a distilling configuration")
+    parser.add_argument("--steps", type=int, default=125, help="training iterations before")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
+    args = parser.parse_args()
+    trainer = DistillTrainer(setup(args))
+    trainer.resume_or_load(resume=False)
+    distiller, model = trainer.distiller, trainer.model
+    adding, steps = [], []
+    distiller._harvest = timed(distiller._harvest, adding)
+    trainer.run_step = timed(trainer.run_step, steps)
+    TrainerBase.train(trainer, 0, args.steps)
+
+    refresher, bank = distiller.refresher, distiller.bank
+    harvest, full_pass = [], []
+    timed(refresher.refresh_from, harvest)(distiller.reservoir, bank, args.steps)
+    banks = {"harvest": copy.deepcopy(bank)}
+    timed(distiller.refresh, full_pass)(model)
+    banks["pass"] = bank
+    _, features = training_instances(model)
+
+    step, add = statistics.median(steps), statistics.median(adding)
+    epoch = refresher.epoch_iters * step
+    result = {
+        "step_s": step,
+        "harvest_per_step_s": add,
+        "harvest_refresh_s": harvest[0],
+        "pass_refresh_s": full_pass[0],
+        "harvest_share": (add * refresher.epoch_iters + harvest[0]) / epoch,
+        "pass_share": full_pass[0] / epoch,
+        "instances_harvest": len(distiller.reservoir.features(0)),
+        "instances_pass": len(features),
+        "explained": {name: explained(b, features) for name, b in banks.items()},
+    }
+    print(json.dumps(result, indent=1))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

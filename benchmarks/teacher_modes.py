@@ -1,0 +1,181 @@
+#!/usr/bin/env python
+"""Ways to run the teacher's backbone faster: what each gains, and what it does to the losses.
+
+    benchmarks/teacher_modes.py --threads 2 --compile
+
+The passes take turns in one process; the gain is over the pass as it is by default. The effect is
+the largest relative change of a term of GlobalKD's step, with the same student, images and draws.
+Three of the ways are no settings of this project: inference mode, whose tensors autograd refuses to
+keep for a backward pass; channels_last; and frozen norms folded into convolutions.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import Callable, Dict, List
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.utils.events import EventStorage
+from setting import fill_bank, make_batch, seconds
+from step_time import Case
+from tabulate import tabulate
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from globalkd.distiller import Distiller, build_loss
+from globalkd.teacher import Teacher
+
+
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Put frozen batch norms into the weights of the convolutions before them, in place."""
+    for conv in model.modules():
+        if isinstance(conv, Conv2d) and isinstance(conv.norm, FrozenBatchNorm2d):
+            norm = conv.norm
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight,
+                conv.bias,
+                norm.running_mean,
+                norm.running_var,
+                norm.eps,
+                norm.weight,
+                norm.bias,
+            )
+            conv.norm = None
+    return model.requires_grad_(False)
+
+
+def teachers_of(case: Case, compiled: bool) -> Dict[str, Teacher]:
+    """Setting -> a teacher that runs with it, all with the weights of the case's own."""
+    model = case.teacher.model
+    settings = {
+        "PRECISION bf16": {"precision": "bf16"},
+        "PRECISION fp16": {"precision": "fp16"},
+        "INPUT_SCALE 0.75": {"input_scale": 0.75},
+        "INPUT_SCALE 0.5": {"input_scale": 0.5},
+    }
+    if compiled:
+        settings["COMPILE"] = {"compile": True}
+        settings["COMPILE, bf16"] = {"compile": True, "precision": "bf16"}
+    make = {"input_format": case.teacher.input_format}
+    teachers = {"default": Teacher(model, **make)}
+    teachers.update({name: Teacher(model, **make, **kwargs) for name, kwargs in settings.items()})
+    return teachers
+
+
+def other_ways(case: Case, batch: List[dict]) -> Dict[str, Callable]:
+    """Passes that are no settings, for their times alone."""
+    default = case.teacher
+    images = default.model.preprocess_image(batch).tensor
+
+    def inference_mode():
+        with torch.inference_mode():
+            default.model.backbone(images)
+
+    case.stock.load_state_dict(default.model.state_dict())
+    folded = fold_norms(case.stock).backbone
+
+    def in_channels_last():
+        with torch.no_grad():
+            default.model.backbone(images.contiguous(memory_format=torch.channels_last))
+
+    def with_folded_norms():
+        with torch.no_grad():
+            folded(images)
+
+    return {
+        "inference mode": inference_mode,
+        "channels_last": in_channels_last,
+        "folded norms": with_folded_norms,
+    }
+
+
+def term_errors(case: Case, teachers: Dict[str, Teacher], batch: List[dict]) -> Dict[str, float]:
+    """Setting -> largest relative change of a term of GlobalKD's step."""
+    losses = [build_loss(case.cfg, name) for name in case.cfg.MODEL.GLOBALKD.LOSSES]
+    distiller = Distiller(**{**case.settings, "losses": losses})
+    distiller.attach(case.student, num_classes=case.num_classes)
+    fill_bank(distiller.bank)
+    case.student.distiller = distiller
+    found = {}
+    for name, teacher in teachers.items():
+        distiller._teacher = (teacher,)
+        torch.manual_seed(0)
+        with torch.no_grad(), EventStorage(1):
+            terms = case.student(batch)
+        found[name] = {k: float(v) for k, v in terms.items() if k.startswith("loss_kd")}
+    case.student.distiller = None
+    right = found["default"]
+    return {name: max(abs(x[k] / right[k] - 1) for k in right) for name, x in found.items()}
+
+
+def measure(case: Case, batch: List[dict], rounds: int, compiled: bool) -> List[dict]:
+    """One row for each way."""
+    teachers = teachers_of(case, compiled)
+    calls = {
+        name: lambda teacher=teacher: teacher.features(batch, teacher.input_format)
+        for name, teacher in teachers.items()
+    }
+    calls.update(other_ways(case, batch))
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call, case.device))
+    errors = term_errors(case, teachers, batch)
+    default = times["default"]
+    return [
+        {
+            "way": name,
+            "seconds": median(own),
+            "gain": median(d / t for d, t in zip(default, own)),
+            "change_of_losses": errors.get(name),
+        }
+        for name, own in times.items()
+    ]
+
+
+def table(rows: List[dict]) -> str:
+    """The rows for people, as Markdown."""
+    lines = [
+        {
+            "teacher's pass": row["way"],
+            "seconds": f"{row['seconds']:.3f}",
+            "times as fast": f"{row['gain']:.2f}",
+            "largest change of a loss": (
+                "" if row["change_of_losses"] is None else f"{row['change_of_losses']:.2%}"
+            ),
+        }
+        for row in rows
+    ]
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def main(argv=None) -> List[dict]:
+    """Measure, print the table, write the JSON; the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pair", default="R101-R50")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    parser.add_argument("--images", type=int, default=2, help="images of a batch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well (minutes)")
+    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--opts", nargs="+", default=[], help="KEY VALUE ... of the configuration")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    case = Case(args.pair, "rcnn", device=args.device, precision="fp32", opts=args.opts)
+    batch = make_batch(args.images, args.size, case.num_classes)
+    rows = measure(case, batch, args.rounds, args.compile)
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Convolutions evaluated at a few cells of a map, at the cost of those cells.
+
+For what is read at few places only: adapters inside boxes, a teacher's class scores of positive
+anchors. On a CPU; on a GPU the choice of cells would make the host wait for the device.
+
+Shapes: N images, H x W cells, D channels, M chosen cells, A anchors of a cell, K classes.
+"""
+
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+
+def convolve_cells(conv: nn.Conv2d, features: Tensor, cells: Tensor) -> Tensor:
+    """What a convolution gives at a few cells.
+
+    Args:
+        conv: stride 1, odd square kernel, padded by half of it.
+        features: (N, D, H, W).
+        cells: (M, 3) int64 rows of image, y and x.
+
+    Returns:
+        (M, D'), equal to `conv(features)` at the cells up to rounding, with the same gradients. It
+        keeps M times k x k x D numbers for the backward pass.
+    """
+    size, (pad, _) = conv.kernel_size[0], conv.padding
+    padded = F.pad(features.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
+    _, height, width, channels = padded.shape
+    image, y, x = cells.unbind(dim=1)
+    first = (image * height + y) * width + x  # the kernel's top-left cell, in padded rows
+    step = torch.arange(size, device=cells.device)
+    rows = first[:, None] + (step[:, None] * width + step).flatten()
+    # `embedding` is indexing whose backward pass runs in parallel.
+    patches = F.embedding(rows, padded.reshape(-1, channels))
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    return F.linear(patches.flatten(1), weight, conv.bias)
+
+
+def has_local_classes(head: nn.Module) -> bool:
+    """Whether `anchor_logits` can evaluate a head: RetinaNet's, without norms in its tower."""
+    return isinstance(head, RetinaNetHead) and all(
+        isinstance(layer, (nn.Conv2d, nn.ReLU)) for layer in head.cls_subnet
+    )
+
+
+def anchor_logits(
+    head: RetinaNetHead, maps: Sequence[Tensor], rows: Tensor, num_rows: int
+) -> Tensor:
+    """Class logits of some anchors; the box predictions are not computed.
+
+    Args:
+        head: a head that `has_local_classes`.
+        maps: its levels, (N, D, H, W) each.
+        rows: (M,) int64 indices of anchors in Detectron2's order: image, level, y, x, anchor.
+        num_rows: how many anchors `rows` choose from; must be as many as the maps have.
+
+    Returns:
+        (M, K), equal to what the head gives up to rounding.
+    """
+    num_anchors = head.bbox_pred.out_channels // 4
+    counts = [x.shape[-2] * x.shape[-1] * num_anchors for x in maps]
+    assert len(maps[0]) * sum(counts) == num_rows, (
+        f"{len(maps[0]) * sum(counts)} anchors on the maps, {num_rows} expected: the detectors pad "
+        "their inputs to different sizes"
+    )
+    wanted = torch.zeros(num_rows, dtype=torch.bool, device=rows.device)
+    wanted[rows] = True
+    wanted = wanted.view(len(maps[0]), -1).split(counts, dim=1)
+    logits = [
+        _class_maps(head, x, mask.unflatten(1, (*x.shape[-2:], -1)).any(dim=3))
+        for x, mask in zip(maps, wanted)
+    ]
+    scores = [x.reshape(len(x), n, -1) for x, n in zip(logits, counts)]
+    return torch.cat(scores, dim=1).flatten(0, 1)[rows]
+
+
+def _class_maps(head: RetinaNetHead, features: Tensor, mask: Tensor) -> Tensor:
+    """(N, H, W, A K) class logits where the (N, H, W) mask is set, 0 elsewhere."""
+    layers = [x for x in head.cls_subnet if isinstance(x, nn.Conv2d)] + [head.cls_score]
+    masks = [mask]
+    for layer in layers[:0:-1]:  # what a layer reads, the one before it must have computed
+        size = layer.kernel_size[0]
+        wider = F.max_pool2d(masks[0].float(), size, stride=1, padding=size // 2) > 0
+        masks.insert(0, wider)
+    for layer, chosen in zip(layers, masks):
+        cells = chosen.nonzero()
+        values = convolve_cells(layer, features, cells)
+        values = values if layer is head.cls_score else values.relu()
+        maps = values.new_zeros(*chosen.shape, values.shape[1])
+        maps[cells.unbind(dim=1)] = values
+        features = maps.permute(0, 3, 1, 2)
+    return maps

@@ -1,0 +1,32 @@
+"""The feature term: its adapters on a few cells compute what they compute on whole maps."""
+
+import pytest
+import torch
+from toy_step import attach, leaves, toy_bank, toy_step
+
+from globalkd.losses import FeatureKnowledge
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("counts", [(3, 1), (0, 0)])
+def test_cells_inside_boxes_give_what_whole_maps_give(relu, counts, monkeypatch):
+    results = []
+    for whole in (False, True):
+        context = toy_step(counts, bank=toy_bank())
+        loss = attach(FeatureKnowledge(adapter_relu=relu), context)
+        monkeypatch.setattr(loss, "_whole_maps", lambda _context, whole=whole: whole)
+        term = loss(context)["loss_kd_feature"]
+        maps = [x for x in leaves(context) if x.dim() == 4]
+        inputs = [*maps[: len(context.levels)], *loss.parameters()]
+        results.append([term, *torch.autograd.grad(term, inputs)])
+    for inside, dense in zip(*results):
+        torch.testing.assert_close(inside, dense)
+
+
+def test_the_background_term_still_sees_every_cell():
+    context = toy_step(bank=toy_bank())
+    loss = attach(FeatureKnowledge(background_weight=4.0), context)
+    terms = loss(context)
+    (grad,) = torch.autograd.grad(terms["loss_kd_background"], [context.student_maps["p3"]])
+    outside = loss._mask(context, context.levels[0]) == 0
+    assert outside.any() and (grad.abs().sum(dim=1)[outside] > 0).all()
