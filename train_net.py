@@ -4,26 +4,26 @@
     train_net.py --config-file configs/gkd_R101_R50.yaml --num-gpus 8
     train_net.py --config-file configs/gkd_R101_R50.yaml --eval-only MODEL.WEIGHTS model_final.pth
 
-The flags are Detectron2's own; `KEY VALUE` pairs at the end override the configuration.
+The flags are Detectron2's own, and --timeout; `KEY VALUE` pairs at the end override the
+configuration. SIGTERM and Ctrl-C save a checkpoint after the running step and end with code 143 or
+130; --resume goes on as if nothing had happened.
 """
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from globalkd import add_globalkd_config, register_datasets
+from globalkd import register_datasets
+from globalkd.config_reading import load_config
+from globalkd.launching import launch
+from globalkd.safe_loading import SafeCheckpointer
 from globalkd.trainer import DistillTrainer, fall_back_to_cpu
 
 
 def setup(args):
     """Read the configuration and prepare logging, devices and datasets."""
-    cfg = get_cfg()
-    add_globalkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     fall_back_to_cpu(cfg)
     if args.eval_only:
         cfg.MODEL.GLOBALKD.ENABLED = False  # a student alone: no teacher is needed
@@ -37,9 +37,9 @@ def setup(args):
 def evaluate(cfg, args):
     """Evaluate the weights of the configuration on its test datasets."""
     model = DistillTrainer.build_model(cfg)
-    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-        cfg.MODEL.WEIGHTS, resume=args.resume
-    )
+    allow_pickle = cfg.MODEL.GLOBALKD.ALLOW_PICKLE
+    checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, allow_pickle=allow_pickle)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -56,12 +56,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--timeout", type=float, default=30, metavar="MINUTES", help="longest wait for a process"
     )
+    args = parser.parse_args()
+    launch(main, args, timeout_minutes=args.timeout)

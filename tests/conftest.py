@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from globalkd import add_globalkd_config
-from globalkd.data import make_digit_scenes
+from globalkd.data import make_digit_scenes, register_datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -17,6 +18,7 @@ torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 TINY = [
     "MODEL.DEVICE", "cpu",
     "MODEL.FPN.OUT_CHANNELS", 32,
+    "MODEL.RETINANET.NORM", "",  # GroupNorm needs more than 32 channels on a map of one cell
     "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 3,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
@@ -30,6 +32,11 @@ TINY = [
     "MODEL.GLOBALKD.PROTOTYPES.NUM", 3,
     "DATALOADER.NUM_WORKERS", 0,
     "SEED", 7,
+]  # fmt: skip
+#: Further ones for a backbone of 0.2 million parameters, where many steps or checkpoints are made.
+NARROW = [
+    "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 4,
 ]  # fmt: skip
 KINDS = {"rcnn": "DistillGeneralizedRCNN", "retinanet": "DistillRetinaNet"}
 
@@ -92,3 +99,30 @@ def make_batch(counts, *, size=64, seed=0):
         image = torch.randint(0, 255, (3, size, size), generator=generator, dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances, "height": size, "width": size})
     return inputs
+
+
+@pytest.fixture
+def untrained_run(tiny_cfg, tmp_path):
+    """Output folder of a distilled run whose checkpoint holds random weights."""
+    folder = tmp_path / "untrained"
+    folder.mkdir()
+    cfg = tiny_cfg("rcnn", "OUTPUT_DIR", str(folder))
+    (folder / "config.yaml").write_text(cfg.dump())
+    register_datasets(cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    checkpoint = {"model": model.state_dict(), "distiller": model.distiller.state_dict()}
+    torch.save(checkpoint, folder / "model_final.pth")
+    return folder
+
+
+@pytest.fixture
+def plain_run(tiny_cfg, untrained_run, tmp_path):
+    """Output folder of a plain run with the weights of `untrained_run`."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.ENABLED", False, distill=False)
+    (folder / "config.yaml").write_text(cfg.dump())
+    model = torch.load(untrained_run / "model_final.pth")["model"]
+    torch.save({"model": model}, folder / "model_final.pth")
+    return folder

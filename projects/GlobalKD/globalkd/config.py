@@ -19,6 +19,7 @@ def add_globalkd_config(cfg: CN) -> None:
     if "GLOBALKD" in cfg.MODEL:
         return
     _add_dataset_keys(cfg)
+    _add_wandb_keys(cfg)
     _add_core_keys(cfg)
     _add_teacher_keys(cfg.MODEL.GLOBALKD)
     _add_prototype_keys(cfg.MODEL.GLOBALKD)
@@ -34,6 +35,22 @@ def _add_dataset_keys(cfg: CN) -> None:
     # Your own data in VOC format: a list of [name, folder, split, [class names]]. The folder holds
     # Annotations/, ImageSets/Main/ and JPEGImages/.
     cfg.DATASETS.VOC = []
+    # What a step sees follows from SEED and its number: the images, their augmentations and the
+    # random numbers. A resumed run then equals one that was not interrupted, with any NUM_WORKERS.
+    # False: Detectron2's own loader, whose order starts anew at a resume.
+    cfg.DATALOADER.EXACT_RESUME = True
+    # At most so many images that cannot be read are passed over by each process that reads, with a
+    # warning: in training another image takes the place of one, it gives no prototype, and in
+    # evaluation its objects count as missed. 0: the first one ends the run.
+    cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 0
+
+
+def _add_wandb_keys(cfg: CN) -> None:
+    cfg.WANDB = CN()
+    # True sends scalars and images to Weights & Biases as well; needs the package wandb.
+    cfg.WANDB.ENABLED = False
+    # The project that the run belongs to there; the run is named after OUTPUT_DIR's last folder.
+    cfg.WANDB.PROJECT = "globalkd"
 
 
 def _add_core_keys(cfg: CN) -> None:
@@ -63,6 +80,12 @@ def _add_core_keys(cfg: CN) -> None:
     # Decay of the distillation weights towards 0 over SOLVER.MAX_ITER: "none" (the paper's text),
     # "linear" (the authors' released code; better here as well, see docs/method.md) or "cosine".
     node.DECAY = "linear"
+    # What a distillation loss that is infinite or NaN does: "raise" ends the run with the loss, the
+    # iteration and the images; "skip" warns, and trains that step on the detection losses alone.
+    node.NON_FINITE_LOSS = "raise"
+    # True also reads checkpoints that hold more than tensors, arrays and plain values. That runs
+    # the code that is in them: only for files whose origin you trust.
+    node.ALLOW_PICKLE = False
 
 
 def _add_teacher_keys(node: CN) -> None:
@@ -82,6 +105,15 @@ def _add_teacher_keys(node: CN) -> None:
     node.TEACHER.ALLOW_OTHER_CLASSES = False
     # Evaluate the teacher on the first N images of DATASETS.TEST[0] before step 1. 0: do not.
     node.TEACHER.EVAL_IMAGES = 0
+    # Number format of the teacher in training: "student" (that of the student's step: float32, or
+    # mixed with SOLVER.AMP), "fp32", "bf16" or "fp16". See docs/performance.md.
+    node.TEACHER.PRECISION = "student"
+    # True runs the teacher's backbone through torch.compile. It compiles at the first step, and
+    # again when the size of the images changes.
+    node.TEACHER.COMPILE = False
+    # Factor on the sides of the images that the teacher sees in training. Below 1 it is faster; its
+    # maps are then brought to the student's grid. Losses that compare anchors need 1.
+    node.TEACHER.INPUT_SCALE = 1.0
 
 
 def _add_prototype_keys(node: CN) -> None:
@@ -93,6 +125,12 @@ def _add_prototype_keys(node: CN) -> None:
     node.PROTOTYPES.NUM = 10
     # Weight of the agreement between the two spaces in the selection (paper: lambda in Eq. 2).
     node.PROTOTYPES.LAMBDA = 10.0
+    # Where a refresh takes its instances from: "pass" (a pass over the data) or "harvest" (what the
+    # training steps since one epoch computed anyway). The first prototypes come from a pass.
+    node.PROTOTYPES.REFRESH = "pass"
+    # For "harvest": the latest instances of each class that each process keeps, on its device.
+    # Memory: 4 bytes x classes x this x channels of all levels in both detectors.
+    node.PROTOTYPES.RESERVOIR_SIZE = 256
     # Epochs between two refreshes (paper: T). Fractions are allowed. 0: only before the first step.
     node.PROTOTYPES.REFRESH_EPOCHS = 1.0
     # At most this many images per class are used; each image is forwarded once for all its classes.
@@ -112,6 +150,9 @@ def _add_prototype_keys(node: CN) -> None:
     node.PROTOTYPES.DBSCAN_EPS = 2.0
     # Seed of the choice of images and of the generators that draw random numbers.
     node.PROTOTYPES.SEED = 1
+    # Folder for the instance features of a pass, as temporary memory-mapped files, where they are
+    # larger than memory. Empty: in memory.
+    node.PROTOTYPES.FEATURE_DIR = ""
     # A file written by tools/generate_prototypes.py to start from. Empty: generate.
     node.PROTOTYPES.FILE = ""
 
@@ -218,7 +259,7 @@ def _add_comparison_keys(node: CN) -> None:
     node.RKD.RELATIONS = "instances"
     # Weight of the relations to prototypes.
     node.RKD.PROTOTYPE_WEIGHT = 5.0
-    # At most so many instances of a batch are related, evenly spaced; angles cost their cube.
+    # At most so many instances of a batch span angles, evenly spaced: angles cost their cube.
     node.RKD.MAX_INSTANCES = 128
 
     node.DEFEAT = CN()
@@ -261,13 +302,13 @@ def _add_comparison_keys(node: CN) -> None:
 
     node.GID = CN()
     # Weight of the general instances' features (loss "GID").
-    node.GID.FEATURE_WEIGHT = 12.8
+    node.GID.FEATURE_WEIGHT = 0.128
     # Weight of the relations between them.
     node.GID.RELATION_WEIGHT = 40.0
     # Weight of the class predictions of the anchors that they cover.
     node.GID.CLASS_WEIGHT = 0.1
     # Weight of the box predictions of those anchors.
-    node.GID.BOX_WEIGHT = 0.1
+    node.GID.BOX_WEIGHT = 1.0
     # General instances of an image (paper: K).
     node.GID.NUM_INSTANCES = 10
     # IoU at which they suppress each other.

@@ -1,13 +1,20 @@
-"""Detectron2 training hooks of the distillation.
+"""Detectron2 training hooks: of the distillation, and of runs that can be interrupted.
 
 The distiller prepares itself in the first forward of an iteration, also under a foreign trainer.
 These hooks do it earlier, outside the timed step, and add what only a trainer can do.
 """
 
 import logging
+import signal
+import threading
 from typing import Callable
 
 from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from .data.unreadable import readable_images
+from .launching import STOP_SIGNALS
+from .random_state import STEPS, seed_all
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +25,79 @@ class PrototypeRefresh(HookBase):
     def before_step(self):
         model = getattr(self.trainer.model, "module", self.trainer.model)
         model.distiller.prepare(model, self.trainer.iter)
+
+
+class StepSeed(HookBase):
+    """Let the random numbers of a step follow from the run's seed, the step and the process."""
+
+    def before_step(self):
+        key = (self.trainer.run_state.seed, STEPS, self.trainer.iter, comm.get_rank())
+        seed_all(*key)
+
+
+class CheckpointSaver(HookBase):
+    """Save periodically, after the last step, and where a signal asks to stop.
+
+    SIGTERM and SIGINT (Ctrl-C) let the running step end; then the state is saved and the process
+    ends with code 128 + the signal's number. One process that got the signal is enough. Part of
+    the work of saving is done by all processes: each one needs this hook.
+    """
+
+    def __init__(self, period: int):
+        """
+        Args:
+            period: iterations between two saves; SOLVER.CHECKPOINT_PERIOD.
+        """
+        self.period = period
+        self._asked = 0
+        self._handlers = {}
+
+    def before_train(self):
+        if threading.current_thread() is threading.main_thread():  # others must not set handlers
+            self._handlers = {n: signal.signal(n, self._ask) for n in STOP_SIGNALS}
+
+    def after_train(self):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        self._asked = self._asked or number
+
+    def after_step(self):
+        iteration = self.trainer.iter
+        asked = max(comm.all_gather(self._asked))
+        if asked or (iteration + 1) % self.period == 0:
+            self._save(f"model_{iteration:07d}")
+        if iteration + 1 >= self.trainer.max_iter:
+            self._save("model_final")
+        elif asked:
+            comm.synchronize()  # nobody leaves before the file is complete
+            logger.info(
+                f"{signal.Signals(asked).name}: training ends after iteration {iteration}, which "
+                "is saved. Go on with --resume."
+            )
+            raise SystemExit(128 + asked)
+
+    def _save(self, name: str):
+        self.trainer.run_state.collect()
+        self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+
+
+class NonFiniteCheck(HookBase):
+    """End the run where a distillation loss is not finite, before the optimizer's step."""
+
+    def after_backward(self):
+        getattr(self.trainer.model, "module", self.trainer.model).distiller.non_finite.check()
+
+
+class UnreadableImageCount(HookBase):
+    """Write how many training images could not be read so far."""
+
+    def after_step(self):
+        images = readable_images(self.trainer.data_loader)
+        if images is not None and (self.trainer.iter + 1) % 20 == 0:
+            count = int(images.unreadable.sum())
+            self.trainer.storage.put_scalar("data/unreadable_images", count, smoothing_hint=False)
 
 
 class TeacherEvaluation(HookBase):

@@ -53,6 +53,9 @@ class AnchorCandidates(Candidates):
     one_stage: ClassVar[bool] = True
 
     def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
+        dense_known = "teacher_dense" in vars(context)  # some loss has read it
+        if rows is not None and not dense_known and context.teacher.scores_single_anchors:
+            return context.teacher.anchor_logits(context.teacher_features, rows, len(self.logits))
         logits = context.teacher_dense.flat_logits.flatten(0, 1)
         return logits if rows is None else logits[rows]
 

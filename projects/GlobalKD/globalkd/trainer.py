@@ -5,20 +5,41 @@ The same trainer trains a teacher, a plain student and a distilled one; the conf
 
 import logging
 import os
+from contextlib import contextmanager
 from functools import partial
-from typing import List, Optional
+from typing import Iterator, List, Optional
 from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 
+from .checkpoint import AtomicCheckpointer
+from .data.resumable_loader import ResumableLoader, shield_workers
+from .data.unreadable import BlankIfUnreadable, pass_over_unreadable
 from .distiller import Distiller
 from .evaluation import build_evaluator
-from .hooks import PrototypeRefresh, TeacherEvaluation
+from .hooks import (
+    CheckpointSaver,
+    NonFiniteCheck,
+    PrototypeRefresh,
+    StepSeed,
+    TeacherEvaluation,
+    UnreadableImageCount,
+)
+from .launching import is_connection_lost
+from .run_state import RunState
+from .wandb_writer import WandbWriter
 
 logger = logging.getLogger(__name__)
 
@@ -26,33 +47,62 @@ logger = logging.getLogger(__name__)
 class DistillTrainer(DefaultTrainer):
     """`DefaultTrainer` for distilling and for stock meta-architectures alike.
 
-    A checkpoint's "model" entry is the stock detector; "distiller" holds adapters and prototypes.
+    A checkpoint's "model" entry is the stock detector; "distiller" holds adapters and prototypes,
+    "run" what else a resumed run needs.
     """
 
     def __init__(self, cfg: CfgNode):
-        with _ddp_on_any_device(cfg):
+        with _own_parts(cfg):
             super().__init__(cfg)
+        model = getattr(self.model, "module", self.model)
+        self.run_state = RunState(model, getattr(self.data_loader, "seed", None))
         if self.distiller is not None:
             self.checkpointer.add_checkpointable("distiller", self.distiller)
-            # Hooks run in the order of their list: prototypes come before the step's timer.
-            self._hooks.insert(0, self._adopt(PrototypeRefresh()))
+            self._trainer.register_hooks([NonFiniteCheck()])  # it alone calls after_backward
             check_classes(cfg, self.distiller.teacher.class_names)
+        # The last to be loaded: over what the first process had, it puts what each one had.
+        self.checkpointer.add_checkpointable("run", self.run_state)
 
     @property
     def distiller(self) -> Optional[Distiller]:
         model = getattr(self.model, "module", self.model)
         return getattr(model, "distiller", None)
 
-    def _adopt(self, hook: HookBase) -> HookBase:
-        hook.trainer = self
-        return hook
-
     def build_hooks(self) -> List[HookBase]:
-        hooks = super().build_hooks()
-        count = self.cfg.MODEL.GLOBALKD.TEACHER.EVAL_IMAGES
-        if self.distiller is not None and count > 0:
-            hooks.insert(0, TeacherEvaluation(lambda: self.evaluate_teacher(count)))
-        return hooks
+        # Hooks run in the order of their list: prototypes come before the step's timer.
+        first: List[HookBase] = [StepSeed()] if self.cfg.DATALOADER.EXACT_RESUME else []
+        if self.distiller is not None:
+            count = self.cfg.MODEL.GLOBALKD.TEACHER.EVAL_IMAGES
+            if count > 0:
+                first.append(TeacherEvaluation(lambda: self.evaluate_teacher(count)))
+            first.append(PrototypeRefresh())
+        if self.cfg.DATALOADER.MAX_UNREADABLE_IMAGES > 0:
+            first.append(UnreadableImageCount())
+        hooks = [h for h in super().build_hooks() if not isinstance(h, PeriodicCheckpointer)]
+        # Before the evaluation, as in Detectron2: a checkpoint is there if evaluation fails.
+        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks.insert(place, CheckpointSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        return [*first, *hooks]
+
+    def train(self):
+        # TorchScript (the focal loss) optimises after some calls in a process, which changes the
+        # last bits. On the CPU, where a resumed run equals to the bit, it must not.
+        exact = self.cfg.DATALOADER.EXACT_RESUME and self.cfg.MODEL.DEVICE == "cpu"
+        try:
+            with torch.jit.optimized_execution(not exact):
+                return super().train()
+        except RuntimeError as error:
+            if not is_connection_lost(error):
+                raise
+            raise RuntimeError(
+                f"Process {comm.get_rank()} lost the connection to another process of this "
+                "training, which has ended or hangs; its own output says why. Go on from the "
+                "last checkpoint with --resume."
+            ) from error
+
+    def build_writers(self) -> List[EventWriter]:
+        writers = super().build_writers()
+        return [WandbWriter(self.cfg), *writers] if self.cfg.WANDB.ENABLED else writers
 
     def evaluate_teacher(self, num_images: int) -> dict:
         """Results of the teacher on the first images of the first test dataset."""
@@ -68,12 +118,27 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
+        def build():
+            loader = super(DistillTrainer, cls).build_train_loader(cfg)
+            shield_workers(loader)
+            pass_over_unreadable(loader, cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
+            return loader
+
         try:
-            return super().build_train_loader(cfg)
+            if not cfg.DATALOADER.EXACT_RESUME:
+                return build()
+            seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+            return ResumableLoader(build, seed)
         except AssertionError as error:  # Detectron2's way to say that a dataset is empty
             raise ValueError(
                 f"DATASETS.TRAIN = {list(cfg.DATASETS.TRAIN)} gives no image to train on: {error}"
             ) from error
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        mapper = DatasetMapper(cfg, is_train=False)
+        mapper = BlankIfUnreadable(mapper, cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
@@ -82,22 +147,34 @@ class DistillTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True):
         resuming = resume and self.checkpointer.has_checkpoint()
         super().resume_or_load(resume=resume)
-        if not resuming or self.distiller is None:
+        if not resuming:
             return
-        logger.info(f"Resumed at iteration {self.start_iter}.")
-        if self.distiller.bank is not None and not self.distiller.bank.is_ready:
+        if self.cfg.DATALOADER.EXACT_RESUME:
+            self.data_loader.start_at(self.start_iter, self.run_state.seed)
+            how = "Data and random numbers go on as if the run had not been interrupted."
+        else:
+            how = "The order of the data starts anew: DATALOADER.EXACT_RESUME is False."
+        logger.info(f"Resumed at iteration {self.start_iter}. {how}")
+        bank = self.distiller.bank if self.distiller is not None else None
+        if bank is not None and not bank.is_ready:
             logger.warning(
                 "The checkpoint has no entry 'distiller': it was not written by this trainer. "
                 "Adapters start anew and prototypes are made again."
             )
 
 
-def _ddp_on_any_device(cfg: CfgNode):
-    """Detectron2 hands DDP a GPU index, which DDP refuses for a model on the CPU."""
+@contextmanager
+def _own_parts(cfg: CfgNode) -> Iterator[None]:
+    """Let Detectron2's trainer build two parts in another way than it does by itself."""
     create = create_ddp_model
-    if cfg.MODEL.DEVICE == "cpu":
+    if cfg.MODEL.DEVICE == "cpu":  # DDP refuses the GPU index that Detectron2 hands it
         create = partial(create_ddp_model, device_ids=None)
-    return mock.patch.object(defaults, "create_ddp_model", create)
+    checkpointer = partial(AtomicCheckpointer, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE)
+    with (
+        mock.patch.object(defaults, "create_ddp_model", create),
+        mock.patch.object(defaults, "DetectionCheckpointer", checkpointer),
+    ):
+        yield
 
 
 def fall_back_to_cpu(cfg: CfgNode) -> None:

@@ -12,19 +12,23 @@ import os
 import re
 from functools import partial
 from typing import Dict, List, Sequence
+from unittest import mock
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from .coco_checks import CheckedCOCO
 from .voc import load_voc_folder, split_file
 
 logger = logging.getLogger(__name__)
 
-#: Fields of an annotation, beyond COCO's, that are kept: how ambiguous it is, and why.
-AMBIGUITY_KEYS = ["ambiguity", "ambiguity_kind"]
+#: Fields of an annotation, beyond COCO's, that are kept: how ambiguous it is, and why; what
+#: tools/plant_errors.py did to it.
+EXTRA_KEYS = ["ambiguity", "ambiguity_kind", "planted_error"]
 
 COCO_ENTRY = "[name, annotation JSON, image folder]"
 VOC_ENTRY = "[name, folder, split, [class names]]"
@@ -78,9 +82,13 @@ def _register_coco(entry: Sequence[str]) -> None:
 
 def _load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
     try:
-        records = load_coco_json(json_file, image_root, name, extra_annotation_keys=AMBIGUITY_KEYS)
+        # Detectron2's loader takes the class from there; exchanged for this call only.
+        with mock.patch("pycocotools.coco.COCO", CheckedCOCO):
+            records = load_coco_json(json_file, image_root, name, extra_annotation_keys=EXTRA_KEYS)
     except json.JSONDecodeError as error:
         raise ValueError(f"DATASETS.COCO: {json_file} is not complete JSON: {error}") from error
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"DATASETS.COCO: '{name}', {json_file}: {error}") from error
     return drop_empty_boxes(records, name)
 
 
@@ -173,7 +181,7 @@ def _decode_list(content, start: int):
 
 
 def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
-    """Remove annotations whose box has no area inside its image, with one warning that counts them.
+    """Remove boxes that are not finite or have no area inside their image; one warning counts them.
 
     Args:
         records: Detectron2 dataset dicts with boxes in XYWH_ABS or XYXY_ABS; changed in place.
@@ -182,24 +190,22 @@ def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
     Returns:
         `records`. Images stay, also those that lose their last box.
     """
-    dropped = []
-    for record in records:
-        kept = [a for a in record["annotations"] if _has_area(a, record)]
-        dropped += [record["file_name"]] * (len(record["annotations"]) - len(kept))
-        record["annotations"] = kept
+    annotations = [(record, a) for record in records for a in record["annotations"]]
+    boxes = np.array([a["bbox"] for _, a in annotations], dtype=np.float64).reshape(-1, 4)
+    sizes = np.array([(r["width"], r["height"]) for r, _ in annotations]).reshape(-1, 2)
+    is_xywh = [a["bbox_mode"] == BoxMode.XYWH_ABS for _, a in annotations]
+    boxes[is_xywh, 2:] += boxes[is_xywh, :2]
+    inside = np.minimum(boxes[:, 2:], sizes) > np.maximum(boxes[:, :2], 0)
+    lost = ~(inside.all(axis=1) & np.isfinite(boxes).all(axis=1))
+    dropped = [record["file_name"] for (record, _), x in zip(annotations, lost) if x]
+    lost = iter(lost)
+    for record in records if dropped else ():
+        record["annotations"] = [a for a in record["annotations"] if not next(lost)]
     if dropped:
         images = list(dict.fromkeys(os.path.basename(file) for file in dropped))
         more = ", ..." if len(images) > IMAGES_NAMED_IN_WARNING else ""
         logger.warning(
-            f"{name}: dropped {len(dropped)} boxes of no area or outside their image, in "
-            f"{len(images)} images: {', '.join(images[:IMAGES_NAMED_IN_WARNING])}{more}"
+            f"{name}: dropped {len(dropped)} boxes of no area, outside their image or not finite, "
+            f"in {len(images)} images: {', '.join(images[:IMAGES_NAMED_IN_WARNING])}{more}"
         )
     return records
-
-
-def _has_area(annotation: Dict, record: Dict) -> bool:
-    left, top, right, bottom = annotation["bbox"]
-    if annotation["bbox_mode"] == BoxMode.XYWH_ABS:
-        right, bottom = left + right, top + bottom
-    wide = min(right, record["width"]) > max(left, 0)
-    return wide and min(bottom, record["height"]) > max(top, 0)

@@ -8,10 +8,13 @@ and names the file in every error.
 
 import os
 import xml.etree.ElementTree as ET
+from collections import Counter
 from typing import Dict, List, Sequence
 
 from detectron2.structures import BoxMode
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from tqdm import tqdm
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 
@@ -37,15 +40,22 @@ def load_voc_folder(folder: str, split: str, class_names: Sequence[str]) -> List
 
     Raises:
         FileNotFoundError: an image or annotation file of the split is missing.
-        ValueError: an annotation file is malformed, has no image size or an unknown class.
+        ValueError: an image is listed twice, or an annotation file is malformed, has no image size
+            or an unknown class.
     """
     annotations = PathManager.get_local_path(os.path.join(folder, "Annotations"))
     images = _image_files(os.path.join(folder, "JPEGImages"))
     class_ids = {name: index for index, name in enumerate(class_names)}
     with PathManager.open(split_file(folder, split)) as lines:
         names = [line.strip() for line in lines if line.strip()]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{split_file(folder, split)} names {len(twice)} images twice: {twice[:3]}"
+        )
     records = []
-    for name in names:
+    hidden = None if comm.is_main_process() else True  # None: only on a terminal
+    for name in tqdm(names, desc=f"annotations, {split}", unit="file", disable=hidden):
         if name not in images:
             expected = os.path.join(folder, "JPEGImages", name + ".jpg")
             raise FileNotFoundError(f"{expected} (or .jpeg, .png): listed in split '{split}'")

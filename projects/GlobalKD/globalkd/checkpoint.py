@@ -1,0 +1,104 @@
+"""Checkpoints that are whole or not there: written aside, then renamed; checked when read.
+
+Not here: what goes into them (`DistillTrainer`) and when they are written (`hooks`).
+"""
+
+import contextlib
+import os
+import shutil
+import zipfile
+from typing import Callable
+
+import torch
+
+from .safe_loading import SafeCheckpointer
+
+#: What is being written has this name until it is complete. One name: a killed run leaves at most
+#: one such file, and the next save overwrites it.
+_PARTIAL = "checkpoint.partial"
+
+
+class AtomicCheckpointer(SafeCheckpointer):
+    """`SafeCheckpointer` whose files are complete at every moment.
+
+    A run may be killed while it saves: `last_checkpoint` then still names the checkpoint before.
+    """
+
+    def save(self, name: str, **kwargs) -> None:
+        """Write the model and the checkpointables to `{name}.pth`, then name it in last_checkpoint.
+
+        Args:
+            name: of the file, without its ending.
+            kwargs: extra data to save.
+
+        Raises:
+            OSError: it could not be written; the files that were there are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        state = {k: v.state_dict() for k, v in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **state, **kwargs}
+        self.logger.info(f"Saving checkpoint to {os.path.join(self.save_dir, name)}.pth")
+        self._write(f"{name}.pth", lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        content = last_filename_basename.encode()
+        self._write("last_checkpoint", lambda file: file.write(content))
+
+    def _write(self, name: str, write: Callable) -> None:
+        path, partial = (os.path.join(self.save_dir, x) for x in (name, _PARTIAL))
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(self.save_dir)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+            with contextlib.suppress(OSError):
+                os.remove(partial)
+            raise OSError(
+                f"{path} could not be written: {error}. {_free_space(self.save_dir)} free there. "
+                "The checkpoints that were complete before are as they were: make room and go on "
+                "with --resume."
+            ) from error
+
+    def load(self, path: str, *args, **kwargs):
+        if path and path == self.get_checkpoint_file():
+            _check_whole(path)
+        return super().load(path, *args, **kwargs)
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_space(folder: str) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are"
+
+
+def _check_whole(path: str) -> None:
+    """Raise ValueError unless the checkpoint is there and every part has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError:
+        problem = "it does not exist"
+    except (zipfile.BadZipFile, OSError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    else:
+        if damaged is None:
+            return
+        problem = f"the part {damaged} is damaged"
+    folder, name = os.path.split(path)
+    others = sorted(x for x in os.listdir(folder) if x.endswith(".pth") and x != name)
+    raise ValueError(
+        f"{path}, which {os.path.join(folder, 'last_checkpoint')} names, is not a whole "
+        f"checkpoint: {problem}. To resume from another one, write its name into last_checkpoint; "
+        f"here are {others or 'none'}."
+    )

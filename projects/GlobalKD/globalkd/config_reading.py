@@ -1,0 +1,189 @@
+"""Reading a configuration file safely, and telling its author what is wrong with it.
+
+`load_config` is the one way from a YAML file to a config, for `train_net.py`, the tools and the
+teacher. Not here: the keys and their defaults (`config`), and what only the detectors can tell,
+such as levels that do not match (`features`, `pairing`, the losses).
+"""
+
+import difflib
+import logging
+import math
+import os
+import re
+from typing import Iterator, Sequence, Tuple
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from .config import add_globalkd_config
+
+logger = logging.getLogger(__name__)
+
+_ZOO = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
+
+#: Leaf names of our numbers that must be above 0. Every other one may be 0.
+_POSITIVE = (
+    "POOLER_RESOLUTION",
+    "RESOLUTION",
+    "NUM",
+    "DBSCAN_EPS",
+    "TEMPERATURE",
+    "NUM_NODES",
+    "STATE_CHANNELS",
+    "NUM_LEVELS",
+    "EMBEDDING_CHANNELS",
+    "NUM_INSTANCES",
+    "HIDDEN_DIM",
+    "NUM_HEADS",
+    "MAX_QUERIES",
+)
+#: Leaf names of our numbers that have a largest value.
+_LARGEST = {"DENSITY_PERCENTILE": 100, "THRESHOLD": 1, "NMS_THRESHOLD": 1, "ANCHOR_THRESHOLD": 1}
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a YAML file and overrides into a config with this project's keys.
+
+    YAML that would run code (tags such as `!!python/object/apply`) is refused, also in a file that
+    is named by `_BASE_`. The files of Detectron2's own model zoo are trusted as its code is: one of
+    them computes its anchor sizes by such a tag.
+
+    Args:
+        config_file: path of the file.
+        opts: overrides, `["KEY", "VALUE", ...]`, as on a command line.
+
+    Returns:
+        The config, not frozen, with its numbers checked by `check_config`.
+
+    Raises:
+        FileNotFoundError: no such file, or no such `_BASE_`.
+        ValueError: YAML that cannot be read or would run code, a key that does not exist (the
+            nearest one is named), a value of another type or out of range.
+    """
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    cfg = _SafeCfgNode(cfg)
+    _require_file(config_file)
+    _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
+    _merge(cfg, "the command line", lambda: cfg.merge_from_list(list(opts)))
+    cfg = CfgNode(cfg)
+    check_config(cfg)
+    return cfg
+
+
+def _require_file(path: str) -> None:
+    if "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no config file {path} (seen from {os.getcwd()})")
+
+
+class _SafeCfgNode(CfgNode):
+    """Decides file by file whether YAML may run code; `_BASE_` is loaded through here, too."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename, allow_unsafe=False):
+        _require_file(filename)
+        trusted = os.path.realpath(filename).startswith(_ZOO + os.sep)
+        try:
+            return super().load_yaml_with_base(filename, allow_unsafe=trusted)
+        except yaml.constructor.ConstructorError as error:
+            raise ValueError(
+                f"{filename} has a YAML tag whose reading could run code: {error.problem}"
+                f"{error.problem_mark}. Write the value itself."
+            ) from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"it is not YAML: {error}") from error
+        except TypeError as error:
+            raise ValueError(f"{filename} does not hold KEY: VALUE lines") from error
+
+
+def _merge(cfg: CfgNode, source: str, merge) -> None:
+    """Run a merge; say what is wrong in terms of the source and of the keys that there are."""
+    try:
+        merge()
+    except (KeyError, AssertionError) as error:
+        text = str(error.args[0])
+        unknown = re.fullmatch(r"Non-existent (?:config )?key: (.*)", text)
+        if unknown:
+            text = f"there is no key {unknown[1]}.{_nearest(cfg, unknown[1])}"
+        raise ValueError(f"{source}: {text}") from error
+    except ValueError as error:
+        text = str(error)
+        mismatch = re.fullmatch(r"Type mis.* vs\. (.*)\) for config key: (\S+)", text, re.DOTALL)
+        if mismatch:
+            text = f"{mismatch[2]} is {mismatch[1]}; it must be {_kind(cfg, mismatch[2])}."
+        raise ValueError(f"{source}: {text}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: its _BASE_ files name each other in a circle") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{source}: a value stands where a group of keys belongs, or a key is no text ({error})"
+        ) from error
+
+
+def _kind(cfg: CfgNode, key: str) -> str:
+    """What a key's value must be, in words."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    if isinstance(cfg, CfgNode):
+        return f"a group of keys, such as {', '.join(list(cfg)[:3])}"
+    return f"a {type(cfg).__name__}, such as {cfg!r}"
+
+
+def _nearest(cfg: CfgNode, key: str) -> str:
+    """A question that names the nearest keys; empty where none is near."""
+    known = list(dict(_leaves(cfg)))
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+    if not found:
+        leaves = {name.rpartition(".")[2] for name in known}
+        near = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.8)
+        found = [name for name in known if name.rpartition(".")[2] in near]
+    return f" Did you mean {' or '.join(found[:4])}?" if found else ""
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, object]]:
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check what can be told from the config alone: ranges of our numbers, and contradictions.
+
+    A teacher beside a meta-architecture that does not distil is warned of.
+
+    Raises:
+        ValueError: the message names the key, the value and what would be right.
+    """
+    for key, value in _leaves(cfg.MODEL.GLOBALKD, "MODEL.GLOBALKD."):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        for number in values:
+            if isinstance(number, (int, float)) and key != "MODEL.GLOBALKD.TEACHER.OPTS":
+                _check_number(key, value, number)
+    node = cfg.MODEL.GLOBALKD
+    if 0 < node.STOP_ITER < node.WARMUP_ITERS:
+        raise ValueError(
+            f"MODEL.GLOBALKD.STOP_ITER is {node.STOP_ITER}, before the end of the warm-up, "
+            f"MODEL.GLOBALKD.WARMUP_ITERS = {node.WARMUP_ITERS}: raise one or lower the other."
+        )
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if node.ENABLED and node.TEACHER.CONFIG_FILE and not architecture.startswith("Distill"):
+        logger.warning(
+            f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE names a teacher, but MODEL.META_ARCHITECTURE is "
+            f"{architecture!r}, which does not distil. Set it to 'DistillGeneralizedRCNN' or "
+            "'DistillRetinaNet', or MODEL.GLOBALKD.ENABLED to False."
+        )
+
+
+def _check_number(key: str, value, number: float) -> None:
+    leaf = key.rpartition(".")[2]
+    positive = leaf in _POSITIVE
+    largest = _LARGEST.get(leaf, math.inf)
+    if math.isfinite(number) and (number > 0 or not positive) and 0 <= number <= largest:
+        return
+    needed = "above 0" if positive else "0 or more"
+    if largest < math.inf:
+        needed = f"between 0 and {largest}"
+    raise ValueError(f"{key} is {value}; it must be {needed} and finite.")

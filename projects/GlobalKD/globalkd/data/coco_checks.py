@@ -1,0 +1,99 @@
+"""What must hold in a COCO JSON before anything is made of it.
+
+Whole columns at a time: all of COCO takes seconds. Not here: boxes without area inside their image,
+which are dropped and counted (`registration`), and images that cannot be read (`unreadable`).
+"""
+
+import os
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+from pycocotools.coco import COCO
+
+_SHOWN = 3
+
+
+class CheckedCOCO(COCO):
+    """pycocotools' `COCO`, which checks its content before it indexes it."""
+
+    def createIndex(self) -> None:
+        check_coco(self.dataset)
+        super().createIndex()
+
+
+def check_coco(content: Dict[str, Any]) -> None:
+    """Check the parsed content of a COCO JSON of boxes.
+
+    A file name must lie in the image folder by its text: not absolute, and not out of the folder
+    by "..". Symbolic links in the folder are followed, as they are the work of its owner.
+
+    Raises:
+        ValueError: the message says what is wrong, where, and how often.
+    """
+    images = _table(content, "images", ("id", "file_name", "height", "width"))
+    annotations = _table(
+        {"annotations": [], **content}, "annotations", ("id", "image_id", "category_id", "bbox")
+    )
+    _table(content, "categories", ("id", "name"))
+    _check_ids(images, "images")
+    _check_ids(annotations, "annotations")
+    _check_ids(content["categories"], "categories")
+    outside = [x["file_name"] for x in images if _leaves_folder(x["file_name"])]
+    _refuse(outside, "file names that are absolute or lead out of the image folder")
+    small = [x["file_name"] for x in images if not (_is_size(x["height"]) and _is_size(x["width"]))]
+    _refuse(small, "images whose height or width is no number above 0")
+    known = {category["id"] for category in content["categories"]}
+    strange = [a["id"] for a in annotations if a["category_id"] not in known]
+    _refuse(strange, 'annotations whose category_id is not in "categories"; ids')
+    _check_boxes(annotations)
+
+
+def _table(content: Any, name: str, keys: Sequence[str]) -> List[dict]:
+    rows = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'"{name}" should be a list of {{{", ".join(keys)}, ...}}')
+    for key in keys:
+        lacking = [row.get("id", i) for i, row in enumerate(rows) if key not in row]
+        _refuse(lacking, f'entries of "{name}" without "{key}"; ids')
+    return rows
+
+
+def _check_ids(rows: List[dict], name: str) -> None:
+    ids = [row["id"] for row in rows]
+    _refuse([x for x in ids if not isinstance(x, (int, str))], f'ids in "{name}" of no id\'s type')
+    if len(set(ids)) == len(ids):
+        return
+    seen = set()
+    twice = [x for x in ids if x in seen or seen.add(x)]
+    _refuse(twice, f'ids that stand twice in "{name}"')
+
+
+def _check_boxes(annotations: List[dict]) -> None:
+    try:
+        boxes = np.array([a["bbox"] for a in annotations])
+    except ValueError:  # of different lengths
+        boxes = np.zeros(())
+    if len(annotations) and (boxes.shape[1:] != (4,) or boxes.dtype.kind not in "iuf"):
+        wrong = [a["id"] for a in annotations if not _is_box(a["bbox"])]
+        _refuse(wrong, "annotations whose bbox is not [left, top, width, height]; ids")
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _leaves_folder(name: Any) -> bool:
+    if not isinstance(name, str) or not name or "\0" in name:
+        return True
+    return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")
+
+
+def _refuse(examples: List, problem: str) -> None:
+    if examples:
+        shown = ", ".join(repr(x) for x in examples[:_SHOWN])
+        more = ", ..." if len(examples) > _SHOWN else ""
+        raise ValueError(f"{len(examples)} {problem}: {shown}{more}")

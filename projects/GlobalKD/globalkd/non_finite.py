@@ -1,0 +1,125 @@
+"""Distillation losses that are infinite or NaN: named, and fatal or left out.
+
+Only loss terms are looked at. Gradients that overflow under mixed precision are the gradient
+scaler's business. The training step gets no synchronisation with the device that it does not have:
+see `NonFiniteLosses.check` and `report`.
+"""
+
+import logging
+import math
+from dataclasses import replace
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .losses import StudentOutputs
+
+logger = logging.getLogger(__name__)
+
+
+class _Step(NamedTuple):
+    iteration: int
+    images: List[str]
+    names: List[str]
+    values: Tensor
+
+
+class NonFiniteLosses:
+    """Watches the terms of each step.
+
+    With `skip`, a step with a term that is not finite distils nothing: all its terms are 0, and
+    what flows back through them is replaced by 0 where it would enter the student or a loss's
+    parameters (0 times an infinite derivative is NaN). The decision is made on the device.
+    """
+
+    def __init__(self, skip: bool):
+        self.skip = skip
+        self.count = 0  # of skipped steps that were reported
+        self._steps: List[_Step] = []
+        self._finite: Optional[Tensor] = None  # of the last step, () bool
+
+    def watch_parameters(self, module: nn.Module) -> None:
+        """Let gradients of a skipped step not reach these parameters. Called once."""
+        if self.skip:
+            for parameter in module.parameters():
+                parameter.register_hook(self._pass)
+
+    def watch_student(self, student: StudentOutputs) -> StudentOutputs:
+        """The same outputs, from which gradients of a skipped step do not flow back."""
+        if not self.skip:
+            return student
+
+        def alias(x: Tensor) -> Tensor:
+            x = x.view_as(x)  # the detector's own losses keep the original
+            if x.requires_grad:
+                x.register_hook(self._pass)
+            return x
+
+        def aliases(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+            return {name: alias(x) for name, x in tensors.items()}
+
+        dense = student.dense
+        if dense is not None:
+            dense = replace(dense, logits=aliases(dense.logits), deltas=aliases(dense.deltas))
+        return replace(
+            student,
+            features=aliases(student.features),
+            candidates=replace(student.candidates, logits=alias(student.candidates.logits)),
+            dense=dense,
+        )
+
+    def watch_terms(
+        self, terms: Dict[str, Tensor], iteration: int, batched_inputs: List[dict]
+    ) -> Dict[str, Tensor]:
+        """The terms that take part in the step: they, or zeros."""
+        values = torch.stack([x.detach().float() for x in terms.values()])
+        images = [str(x.get("file_name", x.get("image_id", "?"))) for x in batched_inputs]
+        step = _Step(iteration, images, list(terms), values)
+        if not self.skip:
+            self._steps = [step]
+            return terms
+        self._steps.append(step)
+        self._finite = values.isfinite().all()
+        return {k: torch.where(self._finite, x, torch.zeros_like(x)) for k, x in terms.items()}
+
+    def check(self) -> None:
+        """Raise if a term of the last step is not finite.
+
+        It waits for the device. To be called after the backward pass, where Detectron2's trainer
+        is about to wait, too, for the values that it writes.
+
+        Raises:
+            FloatingPointError: the message names the terms, the iteration and the images.
+        """
+        if self.skip or not self._steps:
+            return
+        (step,) = self._steps
+        self._steps = []
+        values = step.values.tolist()
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError(
+                f"{_describe(step, values)}. The weights are those before this step. To leave such "
+                'steps out, set MODEL.GLOBALKD.NON_FINITE_LOSS "skip".'
+            )
+
+    def report(self) -> int:
+        """Warn of the steps skipped since the last call; how many there were since the start."""
+        if not self.skip or not self._steps:
+            return self.count
+        steps, self._steps = self._steps, []
+        for step, values in zip(steps, torch.stack([x.values for x in steps]).tolist()):
+            if not all(map(math.isfinite, values)):
+                self.count += 1
+                logger.warning(f"{_describe(step, values)}. This step did not distil.")
+        return self.count
+
+    def _pass(self, gradient: Tensor) -> Tensor:
+        if self._finite is None:
+            return gradient
+        return torch.where(self._finite, gradient, torch.zeros_like(gradient))
+
+
+def _describe(step: _Step, values: List[float]) -> str:
+    wrong = [f"{n} is {v}" for n, v in zip(step.names, values) if not math.isfinite(v)]
+    return f"Iteration {step.iteration}: {', '.join(wrong)} on {', '.join(step.images)}"

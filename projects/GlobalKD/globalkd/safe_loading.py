@@ -1,0 +1,124 @@
+"""Reading a checkpoint without running what it may carry.
+
+Detectron2's checkpoints are pickles, and a pickle can call any function. `SafeCheckpointer` reads
+`.pkl` files by an unpickler that knows arrays and plain containers alone, which is all that the
+model zoo's hold, and `.pth` files by PyTorch's loader of tensors. Anything else is refused, unless
+MODEL.GLOBALKD.ALLOW_PICKLE says that the files are trusted. Not here: which weights must be there
+(`teacher`).
+"""
+
+import collections
+import logging
+import pickle
+import re
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+from unittest import mock
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_load_anything = torch.load  # `_load_file` exchanges torch.load while it runs
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """`DetectionCheckpointer` for files that nobody has to trust."""
+
+    def __init__(self, model, save_dir: str = "", *, allow_pickle: bool = False, **kwargs):
+        """
+        Args:
+            allow_pickle: MODEL.GLOBALKD.ALLOW_PICKLE; read files of other content, too, which runs
+                the code that is in them.
+            kwargs: as in Detectron2.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self.allow_pickle = allow_pickle
+
+    def _load_file(self, filename: str) -> dict:
+        try:
+            # What the parent makes of the content, by file ending, stays as it is.
+            with (
+                mock.patch.object(torch, "load", load_tensors),
+                mock.patch.object(
+                    detection_checkpoint, "pickle", SimpleNamespace(load=load_arrays)
+                ),
+            ):
+                return super()._load_file(filename)
+        except pickle.UnpicklingError as error:
+            if not self.allow_pickle:
+                raise ValueError(
+                    f"{filename} holds more than tensors, arrays and plain values, or is damaged: "
+                    f"{_reason(error)}. Reading it could run code that is in it. Where you trust "
+                    "its origin, set MODEL.GLOBALKD.ALLOW_PICKLE True."
+                ) from error
+            logger.warning(f"{filename} is read as any pickle: ALLOW_PICKLE is True.")
+        except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{filename} is not a complete checkpoint: {_reason(error)}. Copy or write it "
+                "again."
+            ) from error
+        with mock.patch.object(torch, "load", _load_unsafely):
+            return super()._load_file(filename)
+
+
+def load_tensors(file: Any, **kwargs) -> Any:
+    """`torch.load` on the CPU for tensors and plain values alone.
+
+    Raises:
+        pickle.UnpicklingError: the file holds something else.
+    """
+    return _load_anything(file, **{"map_location": "cpu", **kwargs, "weights_only": True})
+
+
+def _load_unsafely(file: Any, **kwargs) -> Any:
+    return _load_anything(file, **{"map_location": "cpu", **kwargs, "weights_only": False})
+
+
+def load_arrays(file: BinaryIO, **kwargs) -> Any:
+    """`pickle.load` for NumPy arrays, numbers, text and their containers alone.
+
+    Raises:
+        pickle.UnpicklingError: the file holds something else.
+    """
+    return _ArrayUnpickler(file, **kwargs).load()
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Resolves the few names by which arrays are pickled, and no other; nothing is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # NumPy 2 calls numpy.core numpy._core; files of both are read by both.
+        found = _ARRAY_NAMES.get((module.replace("numpy._core", "numpy.core"), name))
+        if found is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return found
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Bytes as Python 3 pickles them in protocol 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_ARRAY_NAMES = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    # The functions that pickle names, taken from where this NumPy has them.
+    ("numpy.core.multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0],
+    ("numpy.core.multiarray", "scalar"): np.float32(0).__reduce__()[0],
+    ("numpy.core.numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0],
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _encode,
+}
+
+
+def _reason(error: Exception) -> str:
+    """What was met, in one line; PyTorch wraps it in pages of advice."""
+    asked = re.search(r"GLOBAL ([\w.]+)|it asks for (.*)", str(error))
+    if asked:
+        return f"it asks for {asked[1] or asked[2]}"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

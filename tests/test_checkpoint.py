@@ -1,0 +1,114 @@
+"""Checkpoints are whole or not there, and say what is wrong with them."""
+
+import os
+import signal
+
+import pytest
+import torch
+from detectron2.engine import TrainerBase
+from torch import nn
+
+from globalkd.checkpoint import AtomicCheckpointer
+from globalkd.hooks import CheckpointSaver
+from globalkd.run_state import RunState
+
+
+@pytest.fixture
+def saver(tmp_path):
+    """A checkpointer of a small model with one checkpoint, "good"."""
+    saver = AtomicCheckpointer(nn.Linear(300, 300), str(tmp_path))
+    saver.save("good", iteration=4)
+    return saver
+
+
+def resume(saver):
+    return AtomicCheckpointer(nn.Linear(300, 300), saver.save_dir).resume_or_load("", resume=True)
+
+
+def test_only_the_checkpoint_and_its_name_are_left(saver, tmp_path):
+    assert sorted(os.listdir(tmp_path)) == ["good.pth", "last_checkpoint"]
+    assert (tmp_path / "last_checkpoint").read_text() == "good.pth"
+    assert resume(saver) == {"iteration": 4}
+
+
+def test_what_a_killed_save_left_is_overwritten(saver, tmp_path):
+    (tmp_path / "checkpoint.partial").write_bytes(b"half")
+    saver.save("better")
+    names = ["better.pth", "good.pth", "last_checkpoint"]
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_told_and_the_older_checkpoint_stays(saver, tmp_path):
+    (tmp_path / "checkpoint.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"new\.pth could not be written: .*MiB are free.*--resume"):
+        saver.save("new")
+    assert sorted(os.listdir(tmp_path)) == ["good.pth", "last_checkpoint"]
+    assert resume(saver) == {"iteration": 4}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("error", [OSError("No space left"), RuntimeError("unexpected pos 64")])
+def test_an_error_in_the_middle_leaves_no_file(saver, tmp_path, monkeypatch, error):
+    def save(data, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=str(error)):
+        saver.save("new")
+    assert sorted(os.listdir(tmp_path)) == ["good.pth", "last_checkpoint"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_with_the_others(saver, tmp_path, damage):
+    saver.save("newer")
+    path = tmp_path / "newer.pth"
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes({"truncated": content[:5000], "empty": b"", "flipped": content}[damage])
+    with pytest.raises(ValueError, match=r"newer\.pth, which .*not a whole.*\['good\.pth'\]"):
+        resume(saver)
+
+
+class Toy(TrainerBase):
+    """A trainer of nothing, whose steps are functions."""
+
+    def __init__(self, saver, steps):
+        super().__init__()
+        self.steps = steps
+        self.checkpointer = saver
+        self.run_state = RunState(saver.model, 0)
+        self.register_hooks([CheckpointSaver(period=2)])
+
+    def run_step(self):
+        self.steps.get(self.iter, lambda: None)()
+
+
+def test_saved_every_period_and_at_the_end(saver, tmp_path):
+    Toy(saver, {}).train(0, 5)
+    names = ["good.pth", "last_checkpoint", "model_0000001.pth", "model_0000003.pth"]
+    assert sorted(os.listdir(tmp_path)) == [*names, "model_final.pth"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_ends_with_its_code(saver, tmp_path, number):
+    before = signal.getsignal(number)
+    done = []
+    toy = Toy(saver, {2: lambda: (os.kill(os.getpid(), number), done.append(2))})
+    with pytest.raises(SystemExit) as ended:
+        toy.train(0, 9)
+    assert ended.value.code == 128 + number
+    assert done == [2]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(saver, tmp_path):
+    Toy(saver, {4: lambda: os.kill(os.getpid(), signal.SIGTERM)}).train(0, 5)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

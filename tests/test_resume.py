@@ -1,0 +1,254 @@
+"""Interrupting a training, in every way, and going on: equal to a run that was not interrupted."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import KINDS, NARROW, ROOT
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from processes import run_alone, run_in_processes, run_unsupervised
+
+import globalkd.prototype_refresh
+from globalkd import add_globalkd_config
+from globalkd.data import register_datasets
+from globalkd.random_state import seed_all
+from globalkd.trainer import DistillTrainer
+
+pytestmark = pytest.mark.slow
+both = pytest.mark.parametrize("kind", list(KINDS))
+
+#: Steps 0 to 5, a checkpoint after every second one, new prototypes before 0, 3 and 5, random
+#: augmentation, images that wait in groups, and BatchNorm, whose statistics are state.
+OPTS = [
+    "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", (),
+    "MODEL.GLOBALKD.PROTOTYPES.REFRESH_EPOCHS", 0.4,
+    "INPUT.MIN_SIZE_TRAIN", (48, 56, 64),
+    "DATALOADER.ASPECT_RATIO_GROUPING", True,
+]  # fmt: skip
+
+
+@pytest.fixture
+def config(tiny_cfg, tmp_path):
+    """Writes a configuration: `config("rcnn", "name of the run", "KEY", value, ...)`."""
+
+    def write(kind, name, *opts, **kwargs):
+        folder = tmp_path / name
+        folder.mkdir()
+        cfg = tiny_cfg(kind, *OPTS, *NARROW, *opts, "OUTPUT_DIR", str(folder), **kwargs)
+        cfg.MODEL.GLOBALKD.TEACHER.OPTS = [*NARROW, "MODEL.FPN.OUT_CHANNELS", 64]
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(cfg.dump())
+        return path
+
+    return write
+
+
+def read(path):
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    cfg.merge_from_file(str(path))
+    register_datasets(cfg)
+    return cfg
+
+
+def train(path, interrupt=None, step=None):
+    """What train_net.py does; `interrupt(trainer, step)` arranges how the training is cut short."""
+    cfg = read(path)
+    torch.manual_seed(cfg.SEED)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    if interrupt:
+        interrupt(trainer, step)
+    trainer.train()
+
+
+def train_on_many(rank, path, interrupt=None, step=None):
+    """`train` in one of several processes; returns the exit code."""
+    try:
+        train(path, interrupt if rank == 1 else None, step)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def kill(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+
+def before_step(trainer, step, action=kill):
+    original = trainer._trainer.run_step
+
+    def run_step():
+        if trainer.iter == step:
+            action()
+        original()
+
+    trainer._trainer.run_step = run_step
+
+
+def during_refresh(trainer, step):
+    def generate(*args, **kwargs):
+        if trainer.iter == step:
+            kill()
+        return original(*args, **kwargs)
+
+    original = globalkd.prototype_refresh.generate_prototypes
+    globalkd.prototype_refresh.generate_prototypes = generate
+
+
+def while_saving(trainer, step):
+    """Killed with half of the checkpoint in the file."""
+
+    def save(data, file, **kwargs):
+        if "iteration" in data and trainer.iter == step:
+            file.write(b"half of it")
+            file.flush()
+            kill()
+        original(data, file, **kwargs)
+
+    original, torch.save = torch.save, save
+
+
+def after_saving(trainer, step):
+    """Killed when the checkpoint is there and last_checkpoint does not name it yet."""
+
+    def tag(name):
+        if trainer.iter == step:
+            kill()
+        original(name)
+
+    original = trainer.checkpointer.tag_last_checkpoint
+    trainer.checkpointer.tag_last_checkpoint = tag
+
+
+def sigterm_to_all(trainer, step):
+    """SIGTERM from elsewhere to this process and its loader workers, as clusters send it."""
+    os.setpgrp()
+    command = ["kill", "-TERM", "--", f"-{os.getpid()}"]
+    before_step(trainer, step, lambda: subprocess.run(command, start_new_session=True, check=True))
+
+
+def sigterm(trainer, step):
+    before_step(trainer, step, lambda: kill(signal.SIGTERM))
+
+
+def last_checkpoint(path):
+    return (path.with_suffix("") / "last_checkpoint").read_text()
+
+
+def final_state(path):
+    assert last_checkpoint(path) == "model_final.pth"
+    return torch.load(path.with_suffix("") / "model_final.pth")
+
+
+def differences(a, b, name=""):
+    """Names of what differs between two checkpoints, down to the bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if list(a) != list(b):
+            return [f"{name}: {set(a) ^ set(b)}"]
+        return [x for k in a for x in differences(a[k], b[k], f"{name}/{k}")]
+    if isinstance(a, (list, tuple)) and len(a) == len(b):
+        return [x for i in range(len(a)) for x in differences(a[i], b[i], f"{name}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [name]
+
+
+@both
+def test_killed_anywhere_and_resumed_equals_uninterrupted(kind, config):
+    whole = config(kind, "whole")
+    assert run_alone(train, whole) == (0, "")
+    part = config(kind, "part", "DATALOADER.NUM_WORKERS", 2)
+    some_step = random.Random(kind).choice([2, 3])
+    for interrupt, step, checkpoint in [
+        (while_saving, 1, None),
+        (before_step, some_step, "model_0000001.pth"),
+        (during_refresh, 3, "model_0000001.pth"),
+        (after_saving, 3, "model_0000001.pth"),
+    ]:
+        code, error = run_alone(train, part, interrupt, step)
+        assert code == -signal.SIGKILL, error
+        assert checkpoint is None or last_checkpoint(part) == checkpoint
+    code, error = run_alone(train, part, sigterm_to_all, 4)
+    assert code == 128 + signal.SIGTERM, error
+    assert last_checkpoint(part) == "model_0000004.pth"
+    assert run_alone(train, part) == (0, "")
+    assert differences(final_state(whole), final_state(part)) == []
+
+
+def test_a_plain_student_without_a_seed_resumes_too(config):
+    """Its seed is drawn, and stands in the checkpoint."""
+    whole = config("retinanet", "whole", "SEED", -1, "MODEL.GLOBALKD.ENABLED", False)
+    assert run_alone(train, whole)[0] == 0
+    folder = whole.with_suffix("")
+    expected = final_state(whole)
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    assert run_alone(train, whole) == (0, "")
+    assert differences(expected, final_state(whole)) == []
+
+
+def test_two_processes_resume_to_the_bit_and_stop_where_one_was_asked(config, tmp_path):
+    """Each has its own BatchNorm statistics, loss normaliser and reservoir."""
+    opts = ("MODEL.GLOBALKD.PROTOTYPES.REFRESH", "harvest", "SOLVER.IMS_PER_BATCH", 4)
+    whole = config("retinanet", "whole", *opts)
+    assert run_in_processes(train_on_many, tmp_path, whole) == [0, 0]
+    part = config("retinanet", "part", *opts)
+    stopped = run_in_processes(train_on_many, tmp_path, part, sigterm, 2)
+    assert stopped == [128 + signal.SIGTERM] * 2
+    assert last_checkpoint(part) == "model_0000002.pth"
+    assert run_in_processes(train_on_many, tmp_path, part) == [0, 0]
+    assert differences(final_state(whole), final_state(part)) == []
+
+
+@pytest.mark.faults
+def test_the_other_process_ends_when_one_is_killed(config, tmp_path):
+    path = config("rcnn", "run", "MODEL.GLOBALKD.ENABLED", False)
+    other, killed = run_unsupervised(train_on_many, tmp_path, path, before_step, 2)
+    assert killed == (-signal.SIGKILL, "")
+    assert other[0] == 1
+    assert "Process 0 lost the connection to another process of this training" in other[1]
+
+
+def test_train_net_on_two_processes_stops_and_says_how(config, tmp_path):
+    opts = ("MODEL.GLOBALKD.ENABLED", False, "SOLVER.MAX_ITER", 10**5)
+    path = config("rcnn", "run", *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(path)]
+    command += ["--num-gpus", "2", "--dist-url", f"file://{tmp_path}/store"]
+    output = tmp_path / "output"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        while not (path.with_suffix("") / "last_checkpoint").exists():
+            assert process.poll() is None, output.read_text()[-3000:]
+            time.sleep(0.2)
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM, output.read_text()[-3000:]
+    finally:
+        process.kill()
+    assert "SIGTERM: training ends after iteration" in output.read_text()
+    torch.load(path.with_suffix("") / last_checkpoint(path))
+
+
+def test_detectron2s_own_order_is_there_by_key(config):
+    """Without distillation and EXACT_RESUME it is Detectron2's trainer, to the bit."""
+    opts = ("DATALOADER.EXACT_RESUME", False, "SOLVER.MAX_ITER", 2)
+    results = []
+    for name, trainer_class in (("ours", DistillTrainer), ("theirs", DefaultTrainer)):
+        cfg = read(config("rcnn", name, *opts, distill=False))
+        with mock.patch.object(comm, "shared_random_seed", lambda: 5):
+            trainer = trainer_class(cfg)
+        seed_all(0)
+        for parameter in trainer.model.parameters():
+            parameter.data.normal_(std=0.01)
+        trainer.train()
+        results.append(final_state(Path(f"{cfg.OUTPUT_DIR}.yaml")))
+    assert differences(results[0]["model"], results[1]["model"]) == []
