@@ -7,7 +7,7 @@ SEEDS  ?= 1
 JOBS   ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare reproduce results test lint format docs clean
+.PHONY: help setup demo compare reproduce results test bench lint format docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -36,6 +36,9 @@ results: $(STAMP)  ## Render docs/results.md and the README's results from the f
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest tests
+
+bench: $(STAMP)  ## Measure what a distilled step costs on the CPU (minutes); see docs/performance.md
+	$(BIN)/python -W ignore benchmarks/step_time.py --device cpu --pairs R101-R50 R34-R18 --losses GlobalKD --rounds 3
 
 lint: $(STAMP)  ## Check style and the docs that are generated
 	$(BIN)/ruff check .

@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# tools/export_student.py --output student.onnx
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]
+
 setup(
     name="globalkd",
     version="0.1.0",
@@ -28,5 +31,8 @@ setup(
         "tqdm>=4.60",
         "tabulate>=0.9",
     ],
-    extras_require={"dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]},
+    extras_require={
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", *EXPORT],
+        "export": EXPORT,
+    },
 )

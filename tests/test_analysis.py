@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from globalkd.analysis.demo_figures import draw_curves, draw_detections, draw_reliability
+from globalkd.analysis.curves import draw_curves
+from globalkd.analysis.demo_figures import draw_detections, draw_reliability
 from globalkd.analysis.reliability import ambiguity_auc, dataset_reliability
 from globalkd.analysis.runs import load_run, read_config, read_metrics
 from globalkd.data import register_datasets

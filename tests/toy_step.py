@@ -43,6 +43,8 @@ def toy_step(
     bank=None,
     repeat=1,
     instances="positives",
+    fills=(None, None),
+    move_boxes=None,
 ):
     """The context of a step; `leaves(context)` are the student's tensors that it starts from.
 
@@ -54,20 +56,25 @@ def toy_step(
         order: seed of a permutation of each image's boxes and of the positives.
         bank: prototypes.
         repeat: the batch so many times over.
+        fills: what to make of student's and teacher's features, logits and deltas.
+        move_boxes: what to make of an image's annotated boxes.
     """
     generator = torch.Generator().manual_seed(seed)
     widths = (widths[1], widths[1]) if equal else widths
     student, teacher = (
-        _detector(len(counts), d, 4 if one_stage else 1, generator, repeat) for d in widths
+        _detector(len(counts), d, 4 if one_stage else 1, generator, repeat, fill)
+        for d, fill in zip(widths, fills)
     )
     teacher = student if equal else teacher
-    gt_instances = [_instances(n, generator, order) for n in counts] * repeat
+    gt_instances = [_instances(n, generator, order, move_boxes) for n in counts] * repeat
     ground_truth = InstanceRows.from_ground_truth(gt_instances)
     maps, dense = student[0], student[1]
     if one_stage:
         candidates, positives = _anchors(dense, teacher[1], ground_truth, order)
     else:
-        candidates, positives = _proposals(ground_truth, len(gt_instances), generator, order, equal)
+        candidates, positives = _proposals(
+            ground_truth, len(gt_instances), generator, order, equal, fills
+        )
     context = DistillContext(
         levels=[LevelPair(n, n, s, *widths) for n, s in STRIDES.items()],
         student_maps=maps,
@@ -101,7 +108,7 @@ def leaves(context):
     return [x for x in tensors if x.is_leaf]  # RetinaNet's candidates are its dense logits
 
 
-def _detector(num_images, channels, num_scores, generator, repeat):
+def _detector(num_images, channels, num_scores, generator, repeat, fill):
     maps, logits, deltas, anchors = {}, {}, {}, {}
     for name, stride in STRIDES.items():
         n = SIZE // stride
@@ -109,7 +116,8 @@ def _detector(num_images, channels, num_scores, generator, repeat):
 
         def leaf(*shape, scale=1.0):
             x = torch.rand(*shape, generator=generator) * scale
-            return torch.cat([x] * repeat).requires_grad_()
+            x = torch.cat([x] * repeat)
+            return (fill(x) if fill else x).requires_grad_()
 
         maps[name] = leaf(num_images, channels, n, n)
         logits[name], deltas[name] = leaf(*shape, num_scores), leaf(*shape, 4, scale=0.1)
@@ -121,14 +129,15 @@ def _detector(num_images, channels, num_scores, generator, repeat):
     return maps, DenseOutputs(anchors, logits, deltas, transform)
 
 
-def _instances(count, generator, order):
+def _instances(count, generator, order, move_boxes):
     corner = torch.rand(count, 2, generator=generator) * SIZE / 2
     side = torch.rand(count, 2, generator=generator) * SIZE / 3 + SIZE / 8
     classes = torch.randint(0, CLASSES, (count,), generator=generator)
     keep = _permutation(count, order)
+    boxes = torch.cat([corner, corner + side], dim=1)[keep]
     return Instances(
         (SIZE, SIZE),
-        gt_boxes=Boxes(torch.cat([corner, corner + side], dim=1)[keep]),
+        gt_boxes=Boxes(move_boxes(boxes) if move_boxes else boxes),
         gt_classes=classes[keep],
     )
 
@@ -169,7 +178,7 @@ def _anchors(dense, teacher, ground_truth, order):
     return ToyCandidates(logits[0], labels.flatten(), teacher=logits[1].detach()), positives
 
 
-def _proposals(ground_truth, num_images, generator, order, equal):
+def _proposals(ground_truth, num_images, generator, order, equal, fills):
     """Two proposals for each box, and one of the background in each image."""
     twice = torch.arange(len(ground_truth)).repeat_interleave(2)
     background = torch.tensor([[5.0, 5, 40, 30]]).repeat(num_images, 1)
@@ -180,6 +189,7 @@ def _proposals(ground_truth, num_images, generator, order, equal):
     ours, theirs = (
         torch.sin(everything @ torch.rand(4, CLASSES + 1, generator=generator)) for _ in range(2)
     )
+    ours, theirs = (fill(x) if fill else x for fill, x in zip(fills, (ours, theirs)))
     candidates = ToyCandidates(
         ours.requires_grad_(),
         labels,

@@ -11,11 +11,18 @@ import statistics
 import time
 from pathlib import Path
 
-from globalkd.analysis.demo_figures import draw_curves, draw_detections, draw_reliability
+from globalkd.analysis.curves import draw_curves
+from globalkd.analysis.demo_figures import draw_detections, draw_reliability
+from globalkd.analysis.report import build_report
 from globalkd.data import make_digit_scenes
 from globalkd.experiments.training import METRICS, TrainingFailed, summarize, train
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = {
+    "curves.png": "AP and detection loss of all students.",
+    "detections.png": "The first validation images.",
+    "reliability.png": "Reliability of clean and of ambiguous instances.",
+}
 
 
 def train_here(folder, config, opts):
@@ -47,20 +54,37 @@ def collect(folders):
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def table(results):
-    """The Markdown table of the three detectors; mean and standard deviation over seeds."""
+def table_rows(results):
+    """Header and rows of the three detectors; mean and standard deviation over seeds."""
     columns = [*METRICS, "seconds_per_step"]
-    lines = ["| detector | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in ("teacher", "plain", "distilled"):
-        cells = [_cell(results[name][column]) for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        [name, *(_cell(results[name][column]) for column in columns)]
+        for name in ("teacher", "plain", "distilled")
+    ]
+    return ["detector", *columns], rows
+
+
+def table(results):
+    """`table_rows` in Markdown."""
+    header, rows = table_rows(results)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cell(values):
     mean = statistics.mean(values)
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{mean:.2f}{spread}"
+
+
+def write_report(output, plain, distilled, results):
+    """The report of the first seed's distilled student, with what the demo has beyond one run."""
+    page = build_report(distilled, plain=plain, parts=["compare", "noise", "discrepancy"])
+    page.heading("The demo")
+    page.table(*table_rows(results))
+    for name, caption in FIGURES.items():
+        page.image(output / name, caption)
+    page.write(output / "report.html")
 
 
 def main():
@@ -94,8 +118,10 @@ def main():
     draw_curves(output / "curves.png", {"plain": plains, "distilled": distilleds})
     runs = {"teacher": teacher, "plain": plains[0], "distilled": distilleds[0]}
     draw_detections(output / "detections.png", runs)
+    write_report(output, plains[0], distilleds[0], results)
     print(
-        f"\n{text}\n\nAll of it, with pictures, in {output} ({(time.time() - begin) / 60:.1f} min)"
+        f"\n{text}\n\nAll of it, with pictures, in {output / 'report.html'} "
+        f"({(time.time() - begin) / 60:.1f} min)"
     )
 
 

@@ -9,12 +9,12 @@ of teacher, student, dataset and settings, and is refused where they differ.
 
 import argparse
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
-from globalkd import add_globalkd_config, register_datasets
+from globalkd import register_datasets
+from globalkd.config_reading import load_config
+from globalkd.safe_loading import SafeCheckpointer
 from globalkd.trainer import fall_back_to_cpu
 
 
@@ -29,14 +29,11 @@ def main():
     setup_logger(name="fvcore")
     setup_logger(name="detectron2")
     setup_logger(name="globalkd")
-    cfg = get_cfg()
-    add_globalkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     fall_back_to_cpu(cfg)
     register_datasets(cfg)
     model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(cfg.MODEL.WEIGHTS)
     distiller = model.distiller
     if distiller.bank is None:
         raise SystemExit(f"No loss of {list(cfg.MODEL.GLOBALKD.LOSSES)} reads prototypes.")

@@ -5,7 +5,8 @@
     tools/reproduce.py coco_main --num-gpus 8
 
 Tables lie in results/tables/. Finished runs are kept and interrupted ones resumed, so that the same
-command goes on where it stopped. A run that fails does not end the others; it is named at the end.
+command goes on where it stopped; what has a result file is not run again, unless others need its
+weights. A run that fails does not end the others; it is named at the end.
 """
 
 import argparse
@@ -126,6 +127,9 @@ def execute(run, args, data_opts, position):
 def execute_all(runs, args, data_opts):
     """Run everything, `--jobs` at a time; those that others need first. Returns the failures."""
     failures = {}
+    left = [run for run in runs if not (args.results / f"{run.name}.json").exists()]
+    needed = {run for student in left for run in (student.teacher, student.start) if run}
+    runs = [run for run in runs if run in left or run in needed]
     stages = [
         [run for run in runs if not (run.teacher or run.start)],
         [run for run in runs if run.teacher or run.start],

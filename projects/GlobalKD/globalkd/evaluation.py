@@ -26,6 +26,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
 
 try:
     from faster_coco_eval import COCOeval_faster as FastestCOCOeval
@@ -183,7 +184,8 @@ class VOCFolderEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         predictions = list(itertools.chain(*gathered))
-        ap = np.stack([self._class_ap(i, predictions) for i in range(len(self._class_names))])
+        classes = tqdm(range(len(self._class_names)), desc="VOC metric", unit="class", disable=None)
+        ap = np.stack([self._class_ap(i, predictions) for i in classes])
         defined = ap[~np.isnan(ap).any(1)]
         mean = defined.mean(0) if len(defined) else ap[0]
         results = {"AP": mean.mean(), "AP50": mean[0], "AP75": mean[5]}

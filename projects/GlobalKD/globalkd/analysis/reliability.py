@@ -5,17 +5,10 @@ from typing import Dict
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog
 from torch import nn
 
-from ..extraction import (
-    ExtractionMapper,
-    choose_images,
-    extract_features,
-    extraction_records,
-    usable_boxes,
-)
 from ..structures import PairedFeatures
+from .annotations import dataset_annotations
 
 
 @dataclass
@@ -40,49 +33,37 @@ class AnnotationReliability:
         return np.mean(list(self.reliability.values()), axis=0)
 
 
-def dataset_reliability(
-    model: nn.Module, dataset: str, *, augmentations=()
-) -> AnnotationReliability:
-    """Reliability of every annotation of a registered dataset.
+def dataset_reliability(model: nn.Module, dataset: str) -> AnnotationReliability:
+    """Reliability of every annotation of a registered dataset; see `dataset_annotations`.
 
     Args:
         model: a distilling meta-architecture with prototypes in its bank.
         dataset: a registered name.
-        augmentations: how images are resized; none by default.
     """
-    distiller = model.distiller
-    dicts = DatasetCatalog.get(dataset)
-    table = usable_boxes(dicts, 1.0)
-    images = choose_images(table, max_images_per_class=0, seed=0)
-    features = extract_features(
-        model,
-        distiller.teacher,
-        extraction_records(dicts, table, images),
-        levels=distiller.levels,
-        pooler=distiller.pooler,
-        mapper=ExtractionMapper(augmentations, distiller.input_format),
-        input_format=distiller.input_format,
+    annotations = dataset_annotations(model, dataset)
+    return AnnotationReliability(
+        features=annotations.features,
+        reliability=level_reliability(model, annotations.features),
+        ambiguity=annotations.field("ambiguity", np.nan).astype(float),
+        kinds=annotations.field("ambiguity_kind", ""),
     )
+
+
+def level_reliability(model: nn.Module, features: PairedFeatures) -> Dict[str, np.ndarray]:
+    """Level -> (R,) omega of Eq. (8), with the prototypes in the model's bank."""
     device = next(model.parameters()).device
-    reliability = {
-        level: distiller.bank.reliability(
+    bank = model.distiller.bank
+    return {
+        level: bank.reliability(
             level,
             features.teacher[level].to(device),
             features.student[level].to(device),
             features.classes.to(device),
         )
+        .cpu()
+        .numpy()
         for level in features.levels
     }
-    rows = [
-        dicts[i]["annotations"][a]
-        for i, a in zip(features.image_ids.tolist(), features.annotation_ids.tolist())
-    ]
-    return AnnotationReliability(
-        features=features,
-        reliability={level: w.cpu().numpy() for level, w in reliability.items()},
-        ambiguity=np.array([r.get("ambiguity", np.nan) for r in rows], dtype=float),
-        kinds=np.array([r.get("ambiguity_kind", "") for r in rows]),
-    )
 
 
 def ambiguity_auc(score: np.ndarray, ambiguous: np.ndarray) -> float:

@@ -1,27 +1,55 @@
 """A finished run as objects: its configuration, its records, its model with adapters and bank."""
 
+import argparse
 import json
 from pathlib import Path
-from typing import List
+from typing import Dict, List, Sequence
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from ..config import add_globalkd_config
+from ..config_reading import load_config
 from ..data import register_datasets
+from ..meta_arch import DistillMixin
+from ..safe_loading import SafeCheckpointer
+from ..teacher import Teacher, build_teacher
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP-clean", "AP-ambiguous")
 
 
-def read_config(folder) -> CfgNode:
-    """The configuration that a run wrote into its output folder; its datasets are registered."""
+def add_run_arguments(parser: argparse.ArgumentParser, part: str, *, dataset: bool = True) -> None:
+    """The arguments of every part of tools/analyze.py that looks at one distilled run."""
+    parser.add_argument("run", help="output folder of a distilled run")
+    parser.add_argument("--checkpoint", default="model_final.pth", help="file name in the folder")
+    if dataset:
+        parser.add_argument("--dataset", default="", help="default: the first of DATASETS.TEST")
+    parser.add_argument("--output", default="", help=f"folder to write; default: RUN/{part}")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
+    )
+    parser.set_defaults(part=part)
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """The folder that `add_run_arguments` asked for, made."""
+    folder = Path(args.output or Path(args.run, args.part))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def read_config(folder, opts: Sequence[str] = ()) -> CfgNode:
+    """The configuration that a run wrote into its output folder; its datasets are registered.
+
+    Args:
+        folder: the run's output folder.
+        opts: overrides, `["KEY", "VALUE", ...]`: where data or teacher lie elsewhere now.
+    """
     path = Path(folder, "config.yaml")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; {folder} is not a run's output folder.")
-    cfg = get_cfg()
-    add_globalkd_config(cfg)
-    cfg.merge_from_file(str(path))
+    cfg = load_config(str(path), opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     register_datasets(cfg)
@@ -35,27 +63,72 @@ def read_metrics(folder) -> List[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def load_run(folder, checkpoint: str = "model_final.pth", *, distiller: bool = False) -> nn.Module:
+def final_metrics(folder) -> Dict[str, float]:
+    """A run's last box metrics ("AP", "AP50", ...) but for those of single classes; maybe empty."""
+    records = [record for record in read_metrics(folder) if "bbox/AP" in record]
+    last = records[-1] if records else {}
+    names = {name: f"bbox/{name}" for name in METRICS}
+    return {name: last[key] for name, key in names.items() if key in last}
+
+
+def load_run(
+    folder,
+    checkpoint: str = "model_final.pth",
+    *,
+    distiller: bool = False,
+    opts: Sequence[str] = (),
+) -> nn.Module:
     """Build a run's model with its weights, in evaluation mode.
 
     Args:
         folder: the run's output folder.
         checkpoint: file name in it.
         distiller: also build the distiller, with its teacher, and load its adapters and prototypes.
+        opts: overrides of the run's configuration.
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
         ValueError: `distiller` is asked for and the checkpoint has none.
     """
-    cfg = read_config(folder)
+    cfg = read_config(folder, opts)
     cfg.MODEL.GLOBALKD.ENABLED = distiller
     path = Path(folder, checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint.")
     model = build_model(cfg).eval()
-    extra = DetectionCheckpointer(model).load(str(path))
+    extra = SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(str(path))
     if distiller:
         if "distiller" not in extra:
             raise ValueError(f"{path} holds no distiller: it is a plain detector's checkpoint.")
         model.distiller.load_state_dict(extra["distiller"])
     return model
+
+
+def is_distilled(cfg: CfgNode) -> bool:
+    """Whether a configuration trains a student with a teacher."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return cfg.MODEL.GLOBALKD.ENABLED and issubclass(architecture, DistillMixin)
+
+
+def load_teacher(folder, opts: Sequence[str] = ()) -> Teacher:
+    """The teacher that a run was distilled from, as its configuration names it.
+
+    Raises:
+        ValueError: the run is not a distilled one.
+    """
+    cfg = read_config(folder, opts)
+    if not is_distilled(cfg):
+        raise ValueError(
+            f"{folder} was not distilled: its MODEL.META_ARCHITECTURE is "
+            f"{cfg.MODEL.META_ARCHITECTURE} and MODEL.GLOBALKD.ENABLED is "
+            f"{cfg.MODEL.GLOBALKD.ENABLED}."
+        )
+    node = cfg.MODEL.GLOBALKD.TEACHER
+    return build_teacher(
+        node.CONFIG_FILE,
+        node.WEIGHTS,
+        node.OPTS,
+        allow_random_weights=node.ALLOW_RANDOM_WEIGHTS,
+        allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE,
+        device=cfg.MODEL.DEVICE,
+    )

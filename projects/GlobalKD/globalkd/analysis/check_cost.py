@@ -1,0 +1,143 @@
+"""What one step of a configuration does, what it costs, and what the whole run will cost."""
+
+import math
+import time
+from datetime import datetime, timedelta
+
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from ..trainer import DistillTrainer
+from . import check_step
+from .check_report import CheckReport
+
+#: A term is remarkable above so many times the detection loss, and below so little of its gradient.
+LARGE, SMALL = 100.0, 1e-3
+INFERENCE_IMAGES = 8
+
+
+def check_cost(
+    trainer: DistillTrainer,
+    cfg: CfgNode,
+    report: CheckReport,
+    steps: int,
+    prototype_images: int,
+    num_gpus: int,
+) -> None:
+    """Prototypes, one step, time, memory, and the forecast of the run."""
+    report.echo("\nMeasuring ...")
+    refresh = period = 0.0
+    distiller = trainer.distiller
+    if distiller is not None and distiller.bank is not None:
+        with report.part("Prototypes"):
+            refresh, period = _check_prototypes(trainer, report, prototype_images, num_gpus)
+        if not distiller.bank.is_ready:
+            return
+    with report.part("One step"):
+        check_step.run_step(trainer)
+        memory = check_step.peak_memory(cfg.MODEL.DEVICE)
+        if distiller is not None:
+            batch = next(iter(trainer.data_loader))
+            _report_terms(check_step.measure_terms(trainer.model, batch), cfg, report)
+        trainers = {"as configured": trainer}
+        if distiller is not None:
+            trainers["plain student"] = DistillTrainer(_plain(cfg))
+        seconds = check_step.time_steps(trainers, steps)
+        image = check_step.time_inference(trainer.model, cfg, INFERENCE_IMAGES)
+        cost = check_step.forecast(
+            cfg,
+            step=seconds["as configured"],
+            refresh=refresh,
+            period=period,
+            image=image,
+            num_gpus=num_gpus,
+        )
+        _report_cost(seconds, memory, cost, cfg, report)
+
+
+def _plain(cfg: CfgNode) -> CfgNode:
+    plain = cfg.clone()
+    plain.MODEL.GLOBALKD.ENABLED = False
+    return plain
+
+
+def _check_prototypes(trainer, report: CheckReport, num_images: int, num_gpus: int):
+    """Make trial prototypes; seconds of a whole refresh and iterations between two of them."""
+    distiller, refresher = trainer.distiller, trainer.distiller.refresher
+    total = len(refresher.records)
+    used = math.ceil(total / math.ceil(total / num_images))
+    start = time.perf_counter()
+    with report.trial():
+        prototypes = distiller.refresh(trainer.model, num_images)
+    seconds = (time.perf_counter() - start) * total / used
+    covered = int((prototypes.counts > 0).sum())
+    if refresher.file:
+        with report.part("MODEL.GLOBALKD.PROTOTYPES.FILE"):
+            refresher.load(distiller.bank)
+    period = refresher.period / num_gpus
+    often = f"every {period:.0f} iterations" if period else "only once, before the first step"
+    if distiller.reservoir is not None:  # later ones take what the steps computed
+        period = 0.0
+        often += ", after the first time from the training steps"
+    report.section(
+        "Prototypes",
+        f"{refresher.generation.generator}, {distiller.bank.num_prototypes} a class and level, "
+        f"from {total} images, made {often}",
+        f"a trial on {used} of these images: {int(prototypes.counts.sum())} instances of "
+        f"{covered} of {len(prototypes.counts)} classes",
+    )
+    return seconds, period
+
+
+def _report_terms(step: check_step.StepTerms, cfg: CfgNode, report: CheckReport) -> None:
+    rows = [(t.name, f"{t.value:.4g}", f"{t.ratio:.3g}", f"{t.gradient:.3g}") for t in step.terms]
+    rows.insert(0, ("detection losses", f"{step.detection:.4g}", "1", "1"))
+    heads = ["term", "value", "ratio", "gradient ratio"]
+    report.section(f"One step, {step.instances} boxes", tabulate(rows, headers=heads))
+    for t in step.terms:
+        if not math.isfinite(t.value) or not math.isfinite(t.gradient):
+            report.problem(f"{t.name} is {t.value}, its gradient {t.gradient}, in the first step.")
+        elif t.value == 0:
+            report.warn(f"{t.name} is 0 in the first step.")
+        elif max(t.ratio, t.gradient) >= LARGE:
+            report.warn(
+                f"{t.name} is {t.ratio:.3g} times the detection losses, its gradient on the "
+                f"backbone {t.gradient:.3g} times theirs: a smaller weight may be wanted."
+            )
+        elif t.gradient <= SMALL:
+            report.warn(
+                f"{t.name}: its gradient on the backbone is {t.gradient:.1g} of the detection "
+                "losses': it hardly teaches."
+            )
+    if step.unread:
+        key = "MODEL.GLOBALKD.IN_FEATURES" if cfg.MODEL.GLOBALKD.IN_FEATURES else "Matched levels"
+        report.warn(f"{key}: no loss reads {step.unread}.")
+
+
+def _report_cost(
+    seconds: dict, memory: float, cost: check_step.Forecast, cfg: CfgNode, report: CheckReport
+) -> None:
+    step, plain = seconds["as configured"], seconds.get("plain student")
+    lines = [f"a step: {step:.3f} s"]
+    if plain is not None:
+        lines[0] += f"; of the plain student: {plain:.3f} s (x {step / plain:.2f})"
+    where = "on the GPU" if cfg.MODEL.DEVICE.startswith("cuda") else "of the process"
+    lines.append(f"memory after one step: {memory:.2f} GiB {where}, at most")
+    parts = [
+        ("steps", cfg.SOLVER.MAX_ITER, cost.steps),
+        ("prototype refreshes", cost.num_refreshes, cost.refreshes),
+        ("evaluations", cost.num_evaluations, cost.evaluations),
+        ("the whole run", "", cost.total),
+    ]
+    rows = [(name, count, _duration(duration)) for name, count, duration in parts]
+    end = datetime.now() + timedelta(seconds=cost.total)
+    report.section(
+        "Cost",
+        *lines,
+        tabulate(rows, headers=["forecast", "times", "duration"]),
+        f"started now, it would end on {end:%Y-%m-%d %H:%M}",
+    )
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

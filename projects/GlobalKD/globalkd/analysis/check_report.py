@@ -1,0 +1,77 @@
+"""What a check of a configuration collects: text as it comes, warnings, problems."""
+
+import logging
+from contextlib import contextmanager
+from typing import Callable, Iterator, List, Sequence
+from urllib.error import URLError
+
+
+class CheckReport:
+    """What a check found: problems, with which a run fails, and warnings, with which it may not."""
+
+    def __init__(self, echo: Callable[[str], None] = print):
+        self.echo = echo
+        self.problems: List[str] = []
+        self.warnings: List[str] = []
+
+    def section(self, title: str, *lines: str) -> None:
+        """Say lines under a title."""
+        self.echo("\n".join([f"\n== {title}", *lines]))
+
+    def problem(self, text: str) -> None:
+        """Note what makes the run fail; once, however often it is met."""
+        if text not in self.problems:
+            self.problems.append(text)
+
+    def warn(self, text: str) -> None:
+        """Note what the run survives but its author may not have meant."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """An exception inside is a problem of the run, and not the end of the check."""
+        try:
+            yield
+        except Exception as error:
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            if isinstance(error, URLError):
+                text = f"a download failed ({error.reason})"
+            self.problem(f"{name}: {kind}{text}")
+
+    @contextmanager
+    def log_warnings(self) -> Iterator[None]:
+        """What the package itself warns of meanwhile, such as dropped boxes, is a warning here."""
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.warn(record.getMessage())
+        logger = logging.getLogger("globalkd")
+        propagate, logger.propagate = logger.propagate, False
+        disabled = logging.root.manager.disable
+        logger.addHandler(handler)
+        logging.disable(logging.INFO)  # Detectron2's trainer prints the whole model
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+            logger.removeHandler(handler)
+            logger.propagate = propagate
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Warnings inside are forgotten: they are of a trial, and not of the run."""
+        known = list(self.warnings)
+        try:
+            yield
+        finally:
+            self.warnings = known
+
+    def finish(self) -> None:
+        """Say all warnings and problems."""
+        for title, texts in (("Warnings", self.warnings), ("Problems", self.problems)):
+            self.section(f"{title}: {len(texts)}", *(f"* {text}" for text in texts))
+
+
+def shortened(names: Sequence[str], count: int = 12) -> str:
+    """The first names, and how many there are more."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" * (len(names) > count))

@@ -1,0 +1,183 @@
+"""One real training step under a magnifying glass, and what a whole run of them will cost.
+
+Pure measurements on a trainer; what they mean is judged in `check`.
+"""
+
+import math
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from ..features import record_outputs
+from ..trainer import DistillTrainer, first_images
+
+
+@dataclass
+class Term:
+    """One distillation term in one step.
+
+    Attributes:
+        value: weighted, as it is added to the loss.
+        ratio: to the sum of the detection losses.
+        gradient: norm of its gradient on the backbone's parameters, likewise as a ratio.
+    """
+
+    name: str
+    value: float
+    ratio: float
+    gradient: float
+
+
+@dataclass
+class StepTerms:
+    """The distillation terms of one step, next to the detection loss.
+
+    Attributes:
+        instances: annotated boxes in the batch.
+        unread: levels that are distilled, yet reach no term.
+    """
+
+    detection: float
+    terms: List[Term]
+    instances: int
+    unread: List[str]
+
+
+def measure_terms(model: nn.Module, batch: List[dict]) -> StepTerms:
+    """Forward a batch at iteration 0 and differentiate each distillation term by itself.
+
+    Sizes are those at full weight, whatever MODEL.GLOBALKD.WARMUP_ITERS is. In float32, also where
+    the run is to use mixed precision.
+
+    Args:
+        model: a distilling meta-architecture with prototypes in its bank.
+        batch: from the training loader.
+    """
+    distiller = model.distiller
+    model.train()
+    with EventStorage(0), record_outputs({"backbone": model.backbone}) as recorded:
+        losses = model(batch)
+    names = [name for loss in distiller.losses.values() for name in loss.weights if name in losses]
+    factor = distiller.factor(0)
+    terms = {name: losses.pop(name) / factor for name in names}
+    detection = sum(losses.values())
+    parameters = [p for p in model.backbone.parameters() if p.requires_grad]
+    unit = max(_gradient_norm(detection, parameters), 1e-12)
+    rows = [
+        Term(
+            name=name,
+            value=term.item(),
+            ratio=term.item() / max(detection.item(), 1e-12),
+            gradient=_gradient_norm(term, parameters) / unit,
+        )
+        for name, term in terms.items()
+    ]
+    maps = {pair.student: recorded["backbone"][pair.student] for pair in distiller.levels}
+    reached = torch.autograd.grad(sum(terms.values()), list(maps.values()), allow_unused=True)
+    return StepTerms(
+        detection=detection.item(),
+        terms=rows,
+        instances=sum(len(x["instances"]) for x in batch),
+        unread=[name for name, gradient in zip(maps, reached) if gradient is None],
+    )
+
+
+def _gradient_norm(loss: Tensor, parameters: Sequence[Tensor]) -> float:
+    if not loss.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    norms = [g.float().norm() for g in gradients if g is not None]
+    return torch.stack(norms).norm().item() if norms else 0.0
+
+
+def run_step(trainer: DistillTrainer) -> float:
+    """Seconds of one whole step with its data, at iteration 0."""
+    trainer.iter = trainer.start_iter = 0
+    with EventStorage(0) as trainer.storage:
+        return _seconds(trainer.run_step)
+
+
+def time_steps(trainers: Dict[str, DistillTrainer], steps: int) -> Dict[str, float]:
+    """Median seconds of a step of each trainer, taken in turns after one that does not count."""
+    for trainer in trainers.values():
+        run_step(trainer)
+    times = [{name: run_step(trainer) for name, trainer in trainers.items()} for _ in range(steps)]
+    return {name: statistics.median(row[name] for row in times) for name in trainers}
+
+
+def time_inference(model: nn.Module, cfg: CfgNode, images: int) -> float:
+    """Seconds that the detector takes for one test image, without its reading."""
+    loader = build_detection_test_loader(cfg, first_images(cfg.DATASETS.TEST[0], images))
+    model.eval()
+    with torch.no_grad():
+        times = [_seconds(lambda inputs=inputs: model(inputs)) for inputs in loader]
+    model.train()
+    return statistics.median(times)
+
+
+def _seconds(work: Callable) -> float:
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(device: str) -> float:
+    """GiB: the largest amount so far, of the GPU's memory or else of the process's."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+@dataclass
+class Forecast:
+    """Seconds of a whole run by what they are spent on, and how often each part comes."""
+
+    steps: float
+    refreshes: float
+    evaluations: float
+    num_refreshes: int
+    num_evaluations: int
+
+    @property
+    def total(self) -> float:
+        return self.steps + self.refreshes + self.evaluations
+
+
+def forecast(
+    cfg: CfgNode, *, step: float, refresh: float, period: float, image: float, num_gpus: int
+) -> Forecast:
+    """What a run will take; passes over data are shared by all processes, steps are not.
+
+    Args:
+        cfg: SOLVER.MAX_ITER, TEST.EVAL_PERIOD, DATASETS.TEST and MODEL.GLOBALKD.STOP_ITER are read.
+        step: seconds of a step.
+        refresh: seconds of a refresh on one process; 0 without prototypes.
+        period: iterations between two refreshes; 0 for only one.
+        image: seconds of a test image on one process.
+        num_gpus: processes of the run.
+    """
+    iterations = cfg.SOLVER.MAX_ITER
+    distilled = min(iterations, cfg.MODEL.GLOBALKD.STOP_ITER or iterations)
+    num_refreshes = int(refresh > 0) * (1 + (math.floor((distilled - 1) / period) if period else 0))
+    images = sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST)
+    # Detectron2 evaluates after every period, and once at the end in any case.
+    num_evaluations = 1
+    if cfg.TEST.EVAL_PERIOD > 0:
+        num_evaluations += (iterations - 1) // cfg.TEST.EVAL_PERIOD
+    return Forecast(
+        steps=iterations * step,
+        refreshes=num_refreshes * refresh / num_gpus,
+        evaluations=num_evaluations * images * image / num_gpus,
+        num_refreshes=num_refreshes,
+        num_evaluations=num_evaluations,
+    )

@@ -1,0 +1,42 @@
+"""What a configuration can name: losses, prototype generators, projections, reliability weights."""
+
+import inspect
+import textwrap
+from typing import Dict, List, Tuple
+
+from tabulate import tabulate
+
+from ..losses import DISTILL_LOSS_REGISTRY
+from ..prototype_bank import PROJECTIONS, RELIABILITIES
+from ..prototype_generators import PROTOTYPE_GENERATOR_REGISTRY
+
+
+def list_components() -> Dict[str, List[Tuple[str, str]]]:
+    """Configuration key -> the names that it takes, each with the first line of its docstring."""
+    reliabilities = {name: kind.weight for name, kind in RELIABILITIES.items()}
+    choices = {
+        "MODEL.GLOBALKD.LOSSES": dict(sorted(DISTILL_LOSS_REGISTRY)),
+        "MODEL.GLOBALKD.PROTOTYPES.GENERATOR": dict(PROTOTYPE_GENERATOR_REGISTRY),
+        "MODEL.GLOBALKD.PROJECTION.TYPE": PROJECTIONS,
+        "MODEL.GLOBALKD.RELIABILITY.TYPE": reliabilities,
+    }
+    return {
+        key: [(name, _first_line(thing)) for name, thing in named.items()]
+        for key, named in choices.items()
+    }
+
+
+def _first_line(thing) -> str:
+    if thing is None:  # the reliability weight "none"
+        return "1 everywhere."
+    text = inspect.getdoc(thing) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def components_text() -> str:
+    """`list_components` as text, one block a key."""
+    blocks = [
+        f"{key}\n" + textwrap.indent(tabulate(rows, tablefmt="plain"), "  ")
+        for key, rows in list_components().items()
+    ]
+    return "\n\n".join(blocks)

@@ -1,0 +1,156 @@
+"""tools/check.py: what it reports of a good configuration, and that it lists every problem."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+from detectron2.modeling import build_model
+
+from globalkd.analysis.check import check_run, check_settings
+from globalkd.analysis.check_report import CheckReport
+from globalkd.analysis.check_step import Forecast, forecast, measure_terms
+from globalkd.analysis.components import list_components
+from globalkd.data import register_datasets
+
+
+@pytest.fixture
+def checked():
+    """Runs a check and gives its report and all that it said."""
+
+    def run(cfg, **settings):
+        said = []
+        report = check_run(cfg, steps=1, prototype_images=4, echo=said.append, **settings)
+        return report, "\n".join(said)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["rcnn", "retinanet"])
+def test_a_good_configuration_has_no_problem_and_is_not_changed(tiny_cfg, checked, kind):
+    cfg = tiny_cfg(kind, "MODEL.RETINANET.NORM", "BN")
+    before = cfg.dump()
+    report, text = checked(cfg)
+    assert report.problems == []
+    assert cfg.dump() == before
+    for expected in ("12 images", "FeatureKnowledge", "loss_kd_global", "the whole run"):
+        assert expected in text
+    assert any("random weights" in warning for warning in report.warnings)
+
+
+def test_a_plain_configuration_can_be_checked(tiny_cfg, checked):
+    report, text = checked(tiny_cfg("rcnn", distill=False))
+    assert report.problems == [] and "the whole run" in text
+    assert any("nothing is distilled" in warning for warning in report.warnings)
+
+
+@pytest.mark.faults
+def test_every_problem_is_listed(tiny_cfg, checked, scenes):
+    """Of data, teacher, student and levels: none hides another."""
+    cfg = tiny_cfg("rcnn", "MODEL.WEIGHTS", "nowhere/student.pth")
+    cfg.MODEL.GLOBALKD.TEACHER.ALLOW_RANDOM_WEIGHTS = False
+    cfg.MODEL.GLOBALKD.TEACHER.WEIGHTS = "nowhere/teacher.pth"
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, ["gone", str(scenes / "gone.json"), str(scenes)]]
+    cfg.DATASETS.TEST = ("never_registered",)
+    report, _ = checked(cfg)
+    problems = "\n".join(report.problems)
+    for expected in ("gone.json", "never_registered", "nowhere/teacher.pth", "nowhere/student.pth"):
+        assert problems.count(expected) >= 1, expected
+    cfg.MODEL.GLOBALKD.IN_FEATURES = ["p9"]
+    assert any("p9" in problem for problem in checked(cfg)[0].problems)
+
+
+@pytest.mark.faults
+def test_data_that_cannot_be_trained_on_are_problems(tiny_cfg, checked, scenes, tmp_path):
+    content = json.loads((scenes / "train.json").read_text())
+    content["images"][0]["file_name"] = "lost.png"
+    content["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(content))
+    cfg = tiny_cfg("rcnn", "MODEL.ROI_HEADS.NUM_CLASSES", 7)
+    name = f"broken_{tmp_path.name}"
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, [name, str(path), str(scenes / "train")]]
+    cfg.DATASETS.TRAIN = (name,)
+    report, _ = checked(cfg)
+    problems, warnings = "\n".join(report.problems), "\n".join(report.warnings)
+    assert "10 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 7" in problems
+    assert "1 of 12 image files are missing" in problems and "lost.png" in problems
+    assert "dropped 1 boxes" in warnings
+
+
+def test_schedules_that_contradict_themselves_are_told(tiny_cfg):
+    cfg = tiny_cfg(
+        "rcnn",
+        *("SOLVER.MAX_ITER", 100, "SOLVER.STEPS", (50, 200)),
+        *("MODEL.GLOBALKD.STOP_ITER", 300, "MODEL.GLOBALKD.WARMUP_ITERS", 100),
+    )
+    report = CheckReport()
+    check_settings(cfg, report)
+    assert len(report.warnings) == 3
+    for text, key in zip(report.warnings, ("STOP_ITER", "WARMUP_ITERS", "STEPS")):
+        assert key in text
+
+
+def step_of(tiny_cfg, batch, *opts):
+    cfg = tiny_cfg("rcnn", *opts)
+    register_datasets(cfg)
+    model = build_model(cfg)
+    if model.distiller.bank is not None:
+        model.distiller.refresh(model, num_images=4)
+    return measure_terms(model, batch)
+
+
+def test_sizes_are_those_at_full_weight(tiny_cfg, batch):
+    loss = ("MODEL.GLOBALKD.LOSSES", ["FitNet"], "SEED", 1)
+    plain, warming = (
+        step_of(tiny_cfg, batch, *loss, "MODEL.FPN.NORM", "", "MODEL.GLOBALKD.WARMUP_ITERS", n)
+        for n in (0, 9)
+    )
+    # Weights are random in each: of the same order, not a tenth.
+    assert warming.terms[0].value > 0.3 * plain.terms[0].value
+    assert plain.instances == 4 and plain.unread == []
+
+
+def test_levels_that_no_loss_reads_are_found(tiny_cfg, batch):
+    key = "MODEL.GLOBALKD.INSTANCE_FEATURE.NUM_LEVELS"
+    step = step_of(tiny_cfg, batch, "MODEL.GLOBALKD.LOSSES", ["InstanceFeature"], key, 2)
+    assert step.unread == ["p4", "p5", "p6"]
+    assert [t.name for t in step.terms] == ["loss_kd_instance_feature"]
+    assert step.terms[0].gradient > 0
+
+
+def test_a_forecast_adds_up(tiny_cfg):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 100, "TEST.EVAL_PERIOD", 50)
+    register_datasets(cfg)
+    known = {"step": 2.0, "refresh": 10.0, "image": 0.5, "num_gpus": 1}
+    cost = forecast(cfg, period=30, **known)
+    assert cost == Forecast(
+        steps=200.0, refreshes=40.0, evaluations=4.0, num_refreshes=4, num_evaluations=2
+    )
+    assert cost.total == 244.0
+    assert forecast(cfg, period=0, **known).num_refreshes == 1
+    assert forecast(cfg, period=30, **{**known, "num_gpus": 2}).refreshes == 20.0
+    cfg.MODEL.GLOBALKD.STOP_ITER = 30
+    assert forecast(cfg, period=30, **known).num_refreshes == 1
+
+
+def test_everything_that_can_be_named_is_listed_with_a_line():
+    listed = list_components()
+    assert len(listed) == 4
+    for rows in listed.values():
+        assert all(name and line for name, line in rows)
+    assert "GlobalKnowledge" in dict(listed["MODEL.GLOBALKD.LOSSES"])
+
+
+@pytest.mark.faults
+def test_the_tool_fails_with_the_configuration(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("MODEL: {GLOBALKD: {TEACHR: 1}}\nVERSION: 2\n")
+    spec = importlib.util.spec_from_file_location("check_tool", ROOT / "tools" / "check.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", ["check.py", "--config-file", str(path)])
+    assert tool.main() == 1 and "TEACHR" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["check.py", "--list"])
+    assert tool.main() == 0 and "GlobalKnowledge" in capsys.readouterr().out

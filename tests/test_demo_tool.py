@@ -1,0 +1,101 @@
+"""demo/demo.py: pictures and JSON of a student, without its teacher."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from detectron2.modeling import build_model
+
+spec = importlib.util.spec_from_file_location("demo_on_images", ROOT / "demo" / "demo.py")
+demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
+
+
+@pytest.fixture
+def config_file(tiny_cfg, monkeypatch):
+    """The config.yaml of a distilled run whose teacher is gone, with random weights beside it."""
+    torch.manual_seed(0)
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.TEACHER.CONFIG_FILE", "gone.yaml")
+    folder = Path(cfg.OUTPUT_DIR)
+    folder.mkdir()
+    folder.joinpath("config.yaml").write_text(cfg.dump())
+    cfg.MODEL.GLOBALKD.ENABLED = False
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "model_final.pth")
+    return folder / "config.yaml"
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, args)])
+    demo.main()
+
+
+def test_a_folder_gives_a_picture_and_detections_an_image(
+    config_file, scenes, tmp_path, monkeypatch
+):
+    found = tmp_path / "found"
+    threshold = ("--confidence-threshold", 0.08)
+    run(monkeypatch, "--config-file", config_file, "--input", scenes / "val", "--output", found,
+        *threshold)  # fmt: skip
+    results = json.loads((found / "detections.json").read_text())
+    assert [Path(r["file_name"]).name for r in results] == sorted(
+        p.name for p in (scenes / "val").iterdir()
+    )
+    assert sum(len(r["detections"]) for r in results) > 0
+    for result in results:
+        name = Path(result["file_name"]).name
+        picture, image = cv2.imread(str(found / name)), cv2.imread(result["file_name"])
+        assert picture.shape == image.shape == (result["height"], result["width"], 3)
+        assert bool(result["detections"]) == bool((picture != image).any())
+        for detection in result["detections"]:
+            assert detection["score"] >= 0.08
+            assert detection["category"] == str(detection["category_id"])
+            x, y, width, height = detection["bbox"]
+            assert x >= 0 and x + width <= 64.01 and y >= 0 and y + height <= 64.01
+
+
+def test_a_video_gives_a_video(config_file, tmp_path, monkeypatch):
+    path = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 64))
+    for grey in (0, 80, 160):
+        writer.write(np.full((64, 64, 3), grey, np.uint8))
+    writer.release()
+    found = tmp_path / "found"
+    run(monkeypatch, "--config-file", config_file, "--video-input", path, "--output", found)
+    results = json.loads((found / "detections.json").read_text())
+    assert [r["frame"] for r in results] == [0, 1, 2]
+    assert cv2.VideoCapture(str(found / "film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+@pytest.mark.faults
+def test_weights_that_the_training_started_from_are_not_taken(config_file, scenes, monkeypatch):
+    config_file.with_name("model_final.pth").unlink()
+    with pytest.raises(FileNotFoundError, match="--opts MODEL.WEIGHTS"):
+        run(monkeypatch, "--config-file", config_file, "--input", scenes, "--output", scenes)
+
+
+@pytest.mark.faults
+def test_input_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image there"):
+        demo.list_images([str(tmp_path)])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").touch()
+    assert len(demo.list_images([str(tmp_path / "a")])) == 1
+    with pytest.raises(ValueError, match="files of one name, such as x.png"):
+        demo.list_images([str(tmp_path / "*" / "x.png")])
+
+
+def test_class_names_come_from_the_config_where_the_data_are_not_here(tiny_cfg, tmp_path):
+    cfg = tiny_cfg("rcnn")
+    name = f"blood_{tmp_path.name}"
+    cfg.DATASETS.VOC = [[name, str(tmp_path / "gone"), "train", ["RBC", "WBC"]]]
+    cfg.DATASETS.TEST = (name,)
+    assert demo.class_names(cfg) == ["RBC", "WBC"]
+    cfg.DATASETS.VOC, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], (), ()
+    assert demo.class_names(cfg) == []
