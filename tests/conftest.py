@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
@@ -126,3 +127,13 @@ def plain_run(tiny_cfg, untrained_run, tmp_path):
     model = torch.load(untrained_run / "model_final.pth")["model"]
     torch.save({"model": model}, folder / "model_final.pth")
     return folder
+
+
+@pytest.fixture
+def catalogs():
+    """Forget the datasets that a test registers."""
+    before = set(DatasetCatalog)
+    yield
+    for name in set(DatasetCatalog) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -22,14 +22,7 @@ REAL = Path(os.environ.get("GLOBALKD_TEST_DATA", ROOT.parent / "shared" / "datas
 BCCD = ["RBC", "WBC", "Platelets"]
 
 
-@pytest.fixture(autouse=True)
-def catalogs():
-    """Forget the datasets that a test registers."""
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 def config(*, coco=(), voc=()):

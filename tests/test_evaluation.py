@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation import coco_evaluation as detectron2_coco
@@ -27,14 +27,7 @@ BCCD = ["RBC", "WBC", "Platelets"]
 SIZE = 100
 
 
-@pytest.fixture(autouse=True)
-def catalogs():
-    """Forget the datasets that a test registers."""
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 @pytest.fixture

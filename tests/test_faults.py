@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
@@ -28,17 +28,8 @@ from globalkd.hooks import UnreadableImageCount
 from globalkd.teacher import load_teacher_weights, teacher_config
 from globalkd.trainer import DistillTrainer
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("catalogs")]
 KD = "MODEL.GLOBALKD."
-
-
-@pytest.fixture(autouse=True)
-def catalogs():
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 # Configurations

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from safetensors import SafetensorError
 
 from globalkd import add_globalkd_config, prototype_file, register_datasets
@@ -42,13 +42,7 @@ def marker(tmp_path):
     assert not path.exists()
 
 
-@pytest.fixture(autouse=True)
-def catalogs():
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("catalogs")
 
 
 class Payload:
