@@ -22,9 +22,22 @@ INTRODUCTION = """\
 # Results
 
 Rendered by `make results` from the result files in `results/`: one for each run, with its
-configuration, overrides, seed, command, commit, machine and metrics. `make reproduce TABLE=name`
-runs a table again, or for the first time; `results/tables/` has what can be run, also what has no
-result yet because it needs data or hardware that was not at hand.
+configuration, overrides, seed, command, commit, machine and metrics. A table is a file in
+`results/tables/`, a matrix of configurations and seeds that share a teacher and, seed by seed, a
+start:
+
+```bash
+make reproduce TABLE=digits_modules SEEDS=3                          # one training after the other
+make reproduce TABLE=digits_modules SEEDS=3 JOBS=2 ARGS="--threads 1"  # two at a time, on two cores
+make reproduce TABLE=coco_main ARGS="--num-gpus 8"                   # $DETECTRON2_DATASETS
+make reproduce TABLE=bccd_main ARGS="--data my/bccd"                 # a VOC folder
+make compare                                                         # every method, two seeds
+```
+
+Finished runs are kept and interrupted ones resumed. Tables and result files are written to
+`output/reproduce/`; with `ARGS="--results results"` the result files go where this page is made
+from. How strongly each method pulls, and how its weights were chosen:
+[methods.md](methods.md#how-strongly-each-one-pulls).
 """
 
 
@@ -43,9 +56,14 @@ def tables_with_results():
 def render_page():
     """The text of docs/results.md."""
     parts = [INTRODUCTION]
+    shown = []
     for table, results in tables_with_results():
+        shown.append(table.name)
         parts.append(render_markdown(table, results).replace("### ", "## ", 1))
         parts.append(f"`make reproduce TABLE={table.name}`\n")
+    paths = sorted((RESULTS / "tables").glob("*.yaml"))
+    rest = [f"* `{p.stem}`: {load_table(p, 1).title}" for p in paths if p.stem not in shown]
+    parts.append("## Not run yet\n\n" + "\n".join(rest) + "\n")
     return "\n".join(parts)
 
 
