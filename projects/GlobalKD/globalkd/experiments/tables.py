@@ -50,10 +50,11 @@ def summarize_rows(table: Table, results: Results) -> List[dict]:
     Runs without a result are left out, and `seeds` says which are there.
     """
     baseline = next(row for row in table.rows if row.name == table.baseline)
-    return [_summarize(row, baseline, table.metric, results) for row in table.rows]
+    teachers = {run.teacher for row in table.rows for run in row.runs.values()}
+    return [_summarize(row, baseline, teachers, table.metric, results) for row in table.rows]
 
 
-def _summarize(row: Row, baseline: Row, metric: str, results: Results) -> dict:
+def _summarize(row: Row, baseline: Row, teachers: set, metric: str, results: Results) -> dict:
     found = {seed: results[run.name] for seed, run in row.runs.items() if run.name in results}
     metrics = {
         name: [r["metrics"][name] for r in found.values()]
@@ -65,8 +66,8 @@ def _summarize(row: Row, baseline: Row, metric: str, results: Results) -> dict:
         for seed, run in baseline.runs.items()
         if row is not baseline and seed in found and run.name in results
     ]
-    # A teacher is of one seed and no pair of a student.
-    paired = pairs and set(found) == set(baseline.runs)
+    is_teacher = not teachers.isdisjoint(row.runs.values())
+    paired = pairs and not is_teacher and set(found) == set(baseline.runs)
     difference = paired_difference(*zip(*pairs)) if paired else None
     return {
         "name": row.name,
@@ -88,7 +89,7 @@ def render_markdown(table: Table, results: Results) -> str:
     lines = [f"### {table.title}", ""]
     lines += [table.note.strip(), ""] if table.note else []
     lines += [_line(header), "|---" * len(header) + "|"]
-    for record in records:
+    for record in (r for r in records if r["metrics"] or papers):
         cells = [record["name"]]
         cells += [_mean_and_spread(record["metrics"].get(column)) for column in columns]
         cells.append(_difference(record["difference"]))
