@@ -100,7 +100,7 @@ def main():
         [f"digit_scenes_{split}", str(scenes / f"{split}.json"), str(scenes / split)]
         for split in ("train", "val")
     ]
-    data_opts = ["DATASETS.COCO", repr(datasets)]
+    data_opts = ["DATASETS.COCO", json.dumps(datasets)]
     teacher = train_here(
         output / "teacher", "configs/quick/teacher_R34.yaml", [*data_opts, "SEED", "1"]
     )

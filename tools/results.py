@@ -42,7 +42,7 @@ from. How strongly each method pulls, and how its weights were chosen:
 
 
 def tables_with_results():
-    """Every table with results of five rows or half of them, restricted to the seeds that were run."""
+    """Tables with results of five rows or half of them, restricted to the seeds that were run."""
     for path in sorted((RESULTS / "tables").glob("*.yaml")):
         table = load_table(path, MAX_SEEDS)
         results = read_results(RESULTS / table.data)
