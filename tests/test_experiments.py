@@ -111,6 +111,15 @@ def test_the_table_shows_means_pairs_and_the_papers_number(table):
     assert "Not run yet" not in text
 
 
+def test_a_teacher_is_no_pair_of_a_student(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(DEFINITION)
+    table = load_table(path, seeds=1)
+    text = render_markdown(table, results_of(table, {"teacher": [70], "plain": [40], "ours": [43]}))
+    assert "| teacher | 70.00 |  |  |" in text
+    assert "| ours | 43.00 | +3.00 | 40.5 |" in text
+
+
 def test_what_was_not_run_is_said(table):
     results = results_of(table, {"teacher": [70.0], "plain": [40, 44, 48], "ours": [43]})
     text = render_markdown(table, results)
