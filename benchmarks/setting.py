@@ -57,8 +57,12 @@ def load_config(pair: str, detector: str, device: str, opts=()) -> CfgNode:
 def calm(model: nn.Module) -> None:
     """Keep a random ResNet's activations small: with frozen norms of 1 each block doubles them."""
     for block in model.modules():
-        if isinstance(block, BottleneckBlock) and isinstance(block.conv3.norm, FrozenBatchNorm2d):
+        if not isinstance(block, BottleneckBlock):
+            continue
+        if isinstance(block.conv3.norm, FrozenBatchNorm2d):
             block.conv3.norm.weight.fill_(0.1)
+        elif block.conv3.norm is None:  # folded into the convolution
+            block.conv3.weight.mul_(0.1)
 
 
 def propose_near_boxes(_rpn, inputs, outputs):

@@ -17,7 +17,7 @@ from globalkd.extraction import (
 )
 from globalkd.features import InstancePooler, match_levels
 from globalkd.random_state import isolated_rng
-from globalkd.teacher import build_teacher
+from globalkd.teacher_building import build_teacher
 
 
 def record(*boxes, **extra):

@@ -25,7 +25,7 @@ from globalkd.data.unreadable import BlankIfUnreadable, readable_images
 from globalkd.data.voc import load_voc_folder
 from globalkd.extraction import ExtractionMapper
 from globalkd.hooks import UnreadableImageCount
-from globalkd.teacher import load_teacher_weights, teacher_config
+from globalkd.teacher_building import load_teacher_weights, teacher_config
 from globalkd.trainer import DistillTrainer
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("catalogs")]

@@ -27,7 +27,7 @@ from globalkd.analysis.runs import load_run
 from globalkd.checkpoint import AtomicCheckpointer
 from globalkd.config_reading import load_config
 from globalkd.safe_loading import SafeCheckpointer
-from globalkd.teacher import load_teacher_weights, teacher_config
+from globalkd.teacher_building import load_teacher_weights, teacher_config
 from globalkd.trainer import DistillTrainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,6 +33,7 @@ LEVELS = {
     "teacher": 2,
     "prototype_generation": 2,
     "reservoir": 2,
+    "teacher_building": 3,
     "losses": 3,
     "extraction": 3,
     "pairing": 3,

@@ -4,12 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KINDS, ROOT, make_batch
+from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from globalkd.data import register_datasets
-from globalkd.teacher import Teacher, build_teacher, teacher_config
+from globalkd.teacher import Teacher
+from globalkd.teacher_building import build_teacher, fold_norms, teacher_config
 
 QUICK = str(ROOT / "configs/quick/Base-digits-rcnn.yaml")
 SMALL = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.DEVICE", "cpu"]
@@ -25,21 +28,68 @@ def rcnn():
 
 
 @pytest.fixture
-def weights(rcnn, tmp_path):
+def stock():
+    """The teacher's detector as Detectron2 builds it, with norms that do something."""
+    model = build_model(teacher_config(QUICK, SMALL)).eval()
+    for name, x in model.named_buffers():
+        if "running" in name:
+            x.uniform_(0.5, 2.0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model
+
+
+@pytest.fixture
+def weights(stock, tmp_path):
     path = tmp_path / "teacher.pth"
-    torch.save({"model": rcnn.model.state_dict()}, path)
+    torch.save({"model": stock.state_dict()}, path)
     return path
 
 
-def test_complete_weights_load(rcnn, weights):
-    loaded = build_teacher(QUICK, str(weights), SMALL)
-    state = loaded.model.state_dict()
-    assert all(torch.equal(state[k], v) for k, v in rcnn.model.state_dict().items())
+def test_complete_weights_load(stock, weights):
+    loaded = build_teacher(QUICK, str(weights), SMALL).model.state_dict()
+    kept = {k: v for k, v in stock.state_dict().items() if "bottom_up" not in k}
+    assert kept and all(torch.equal(loaded[k], v) for k, v in kept.items())
+
+
+@torch.no_grad()
+def test_folded_norms_leave_the_maps_as_they_are(stock, weights):
+    teacher = build_teacher(QUICK, str(weights), SMALL)
+    batch = make_batch([2, 1])
+    right = stock.backbone(stock.preprocess_image(batch).tensor)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in stock.backbone.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in teacher.model.backbone.modules())
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    for name, found in teacher.features(batch, teacher.input_format).items():
+        torch.testing.assert_close(found, right[name], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN", None])
+def test_only_norms_with_fixed_statistics_are_folded(norm, bias):
+    conv = Conv2d(3, 32, 3, bias=bias, norm=get_norm(norm or "", 32)).eval()
+    for name, x in [*conv.named_parameters(), *conv.named_buffers()]:
+        if "norm" in name and x.is_floating_point():
+            x.uniform_(0.5, 2.0)
+    images = torch.randn(2, 3, 8, 8)
+    right = conv(images)
+    fold_norms(conv)
+    assert (conv.norm is None) == (norm != "GN")
+    torch.testing.assert_close(conv(images), right)
+
+
+def test_a_norm_without_statistics_of_its_own_stays():
+    conv = Conv2d(3, 4, 3, norm=nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    fold_norms(conv)
+    assert isinstance(conv.norm, nn.BatchNorm2d)
 
 
 @pytest.mark.faults
-def test_missing_entries_are_named(rcnn, weights):
-    state = rcnn.model.state_dict()
+def test_missing_entries_are_named(stock, weights):
+    state = stock.state_dict()
     del state["roi_heads.box_head.fc1.weight"]
     torch.save({"model": state}, weights)
     with pytest.raises(ValueError, match="fills .* Missing.*roi_heads.box_head.fc1.weight"):

@@ -20,7 +20,8 @@ from .losses import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .meta_arch import DistillGeneralizedRCNN, DistillRetinaNet
 from .prototype_bank import PrototypeBank
 from .prototype_refresh import PrototypeRefresher
-from .teacher import Teacher, build_teacher
+from .teacher import Teacher
+from .teacher_building import build_teacher
 
 __version__ = "0.1.0"
 

@@ -21,7 +21,8 @@ from .prototype_refresh import PrototypeRefresher
 from .reservoir import InstanceReservoir
 from .schedule import weight_factor
 from .structures import PrototypeSet
-from .teacher import Teacher, build_teacher
+from .teacher import Teacher
+from .teacher_building import build_teacher
 from .visualization import put_reliability
 
 logger = logging.getLogger(__name__)

@@ -1,31 +1,21 @@
 """The teacher: any Detectron2 detector, frozen, and hidden from the student's module tree.
 
-Here: building it from a config, the load gate, its features and its class predictions for boxes
-and anchors that the student chose. Not here: what is learned from them.
+Here: its features and its class predictions for boxes and anchors that the student chose. Not here:
+how it is built and loaded (`teacher_building.py`), what is learned from it (`losses/`).
 """
 
-import logging
-import os
 from contextlib import nullcontext
 from typing import Callable, Dict, List, Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2 import model_zoo
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from .config_reading import load_config
 from .dense_head import DenseOutputs, find_dense_head
-from .safe_loading import SafeCheckpointer
 from .sparse_convolution import anchor_logits, has_local_classes
-
-logger = logging.getLogger(__name__)
 
 #: MODEL.GLOBALKD.TEACHER.PRECISION; None leaves the teacher in what surrounds it.
 PRECISIONS = {
@@ -215,122 +205,3 @@ def _cascade_logits(heads: CascadeROIHeads, features: Dict[str, Tensor], proposa
         boxes = heads.box_predictor[stage].predict_boxes(predictions, proposals)
         proposals = heads._create_proposals_from_boxes(boxes, sizes)
     return torch.stack(probabilities).mean(dim=0).clamp_min(1e-12).log()
-
-
-def build_teacher(
-    config_file: str,
-    weights: str = "",
-    opts: Sequence[str] = (),
-    *,
-    allow_random_weights: bool = False,
-    allow_pickle: bool = False,
-    device: str = "",
-    **modes,
-) -> Teacher:
-    """Build a teacher from a Detectron2 config and load its weights through the gate.
-
-    Args:
-        config_file: a YAML file, or a model-zoo name.
-        weights: a checkpoint; empty for what the config names (a zoo name: the zoo's checkpoint).
-        opts: overrides, `["KEY", "VALUE", ...]`.
-        allow_random_weights: accept missing or incomplete weights, with a warning; empty `weights`
-            then mean none.
-        allow_pickle: accept weights whose reading may run code that is in the file.
-        device: where to build it; empty for what the config says.
-        modes: `precision`, `compile` and `input_scale` of `Teacher`.
-
-    Raises:
-        FileNotFoundError: the config or the weights are not there.
-        ValueError: the weights do not fill the detector.
-    """
-    cfg = teacher_config(config_file, opts)
-    if device:
-        cfg.MODEL.DEVICE = device
-    if not weights and not allow_random_weights:
-        weights = _default_weights(config_file, cfg)
-    cfg.MODEL.WEIGHTS = weights
-    model = build_model(cfg)
-    load_teacher_weights(
-        model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights, allow_pickle=allow_pickle
-    )
-    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
-
-
-def teacher_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Read a teacher's config from a file or by its model-zoo name."""
-    path = config_file
-    if not os.path.isfile(path):
-        try:
-            path = model_zoo.get_config_file(config_file)
-        except RuntimeError:
-            raise FileNotFoundError(
-                f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE is {config_file!r}: neither a file (seen from "
-                f"{os.getcwd()}) nor a model-zoo name such as "
-                "'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
-            ) from None
-    cfg = load_config(path, opts)
-    cfg.MODEL.GLOBALKD.ENABLED = False
-    return cfg
-
-
-def _default_weights(config_file: str, cfg: CfgNode) -> str:
-    if os.path.isfile(config_file):
-        return cfg.MODEL.WEIGHTS
-    return model_zoo.get_checkpoint_url(config_file)
-
-
-def _class_names(cfg: CfgNode) -> List[str]:
-    names = [MetadataCatalog.get(d).get("thing_classes", []) for d in cfg.DATASETS.TRAIN]
-    return list(names[0]) if names else []
-
-
-class ReportingCheckpointer(SafeCheckpointer):
-    """Keeps what Detectron2's loader only logs: the keys that did not load."""
-
-    def _load_model(self, checkpoint):
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
-
-
-def load_teacher_weights(
-    model: nn.Module, weights: str, *, allow_random: bool = False, allow_pickle: bool = False
-) -> None:
-    """Load a checkpoint and refuse it unless every entry of the detector was filled.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: entries stayed unfilled, and the message names them; or the file holds more than
-            tensors and plain values.
-    """
-    if not weights:
-        _refuse("MODEL.GLOBALKD.TEACHER.WEIGHTS is empty, and its config names none", allow_random)
-        return
-    checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
-    if "://" not in weights and not os.path.isfile(weights):
-        raise FileNotFoundError(
-            f"MODEL.GLOBALKD.TEACHER.WEIGHTS: there is no file {weights!r} (seen from "
-            f"{os.getcwd()}). Train the teacher first, or name a checkpoint."
-        )
-    checkpointer.load(weights)
-    total = len(model.state_dict())
-    wrong_shape = [key for key, *_ in checkpointer.incompatible.incorrect_shapes]
-    missing = sorted(set(checkpointer.incompatible.missing_keys) | set(wrong_shape))
-    # A counter that old checkpoints lack and that evaluation does not read.
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    logger.info(f"Teacher: {total - len(missing)} of {total} entries loaded from {weights}.")
-    if missing:
-        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-        _refuse(
-            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) fills {total - len(missing)} of {total} "
-            f"entries of the teacher. Missing, or of another shape: {shown}",
-            allow_random,
-        )
-
-
-def _refuse(problem: str, allow_random: bool) -> None:
-    if not allow_random:
-        raise ValueError(
-            f"{problem}. A teacher with random weights teaches nothing; to try things out all the "
-            "same, set MODEL.GLOBALKD.TEACHER.ALLOW_RANDOM_WEIGHTS True."
-        )
-    logger.warning(f"{problem}. Going on: ALLOW_RANDOM_WEIGHTS is True.")

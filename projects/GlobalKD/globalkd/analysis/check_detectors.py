@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
-from ..teacher import ReportingCheckpointer
+from ..teacher_building import ReportingCheckpointer
 from .check_report import CheckReport, shortened
 
 
@@ -27,7 +27,7 @@ def check_detectors(model: nn.Module, cfg: CfgNode, report: CheckReport) -> None
     if cfg.MODEL.GLOBALKD.TEACHER.ALLOW_RANDOM_WEIGHTS:
         lines.append("teacher: its weights are not checked, random ones are allowed")
     else:
-        lines.append(f"teacher: all {len(teacher.model.state_dict())} entries filled from {loaded}")
+        lines.append(f"teacher: every entry filled from {loaded}")
     names = teacher.class_names
     lines.append(f"teacher: {teacher.num_classes} classes" + (": " if names else "")
                  + shortened(names))  # fmt: skip

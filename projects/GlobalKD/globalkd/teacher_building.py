@@ -1,0 +1,166 @@
+"""Building a teacher: its config, the gate that its weights pass, its norms folded away."""
+
+import logging
+import os
+from typing import List, Sequence
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .config_reading import load_config
+from .safe_loading import SafeCheckpointer
+from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+def build_teacher(
+    config_file: str,
+    weights: str = "",
+    opts: Sequence[str] = (),
+    *,
+    allow_random_weights: bool = False,
+    allow_pickle: bool = False,
+    device: str = "",
+    **modes,
+) -> Teacher:
+    """Build a teacher from a Detectron2 config and load its weights through the gate.
+
+    The batch norms of its backbone are folded into its convolutions.
+
+    Args:
+        config_file: a YAML file, or a model-zoo name.
+        weights: a checkpoint; empty for what the config names (a zoo name: the zoo's checkpoint).
+        opts: overrides, `["KEY", "VALUE", ...]`.
+        allow_random_weights: accept missing or incomplete weights, with a warning; empty `weights`
+            then mean none.
+        allow_pickle: accept weights whose reading may run code that is in the file.
+        device: where to build it; empty for what the config says.
+        modes: `precision`, `compile` and `input_scale` of `Teacher`.
+
+    Raises:
+        FileNotFoundError: the config or the weights are not there.
+        ValueError: the weights do not fill the detector.
+    """
+    cfg = teacher_config(config_file, opts)
+    if device:
+        cfg.MODEL.DEVICE = device
+    if not weights and not allow_random_weights:
+        weights = _default_weights(config_file, cfg)
+    cfg.MODEL.WEIGHTS = weights
+    model = build_model(cfg)
+    load_teacher_weights(
+        model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights, allow_pickle=allow_pickle
+    )
+    fold_norms(model.backbone)
+    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
+
+
+def teacher_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a teacher's config from a file or by its model-zoo name."""
+    path = config_file
+    if not os.path.isfile(path):
+        try:
+            path = model_zoo.get_config_file(config_file)
+        except RuntimeError:
+            raise FileNotFoundError(
+                f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE is {config_file!r}: neither a file (seen from "
+                f"{os.getcwd()}) nor a model-zoo name such as "
+                "'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
+            ) from None
+    cfg = load_config(path, opts)
+    cfg.MODEL.GLOBALKD.ENABLED = False
+    return cfg
+
+
+def _default_weights(config_file: str, cfg: CfgNode) -> str:
+    if os.path.isfile(config_file):
+        return cfg.MODEL.WEIGHTS
+    return model_zoo.get_checkpoint_url(config_file)
+
+
+def _class_names(cfg: CfgNode) -> List[str]:
+    names = [MetadataCatalog.get(d).get("thing_classes", []) for d in cfg.DATASETS.TRAIN]
+    return list(names[0]) if names else []
+
+
+class ReportingCheckpointer(SafeCheckpointer):
+    """Keeps what Detectron2's loader only logs: the keys that did not load."""
+
+    def _load_model(self, checkpoint):
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def load_teacher_weights(
+    model: nn.Module, weights: str, *, allow_random: bool = False, allow_pickle: bool = False
+) -> None:
+    """Load a checkpoint and refuse it unless every entry of the detector was filled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: entries stayed unfilled, and the message names them; or the file holds more than
+            tensors and plain values.
+    """
+    if not weights:
+        _refuse("MODEL.GLOBALKD.TEACHER.WEIGHTS is empty, and its config names none", allow_random)
+        return
+    checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
+    if "://" not in weights and not os.path.isfile(weights):
+        raise FileNotFoundError(
+            f"MODEL.GLOBALKD.TEACHER.WEIGHTS: there is no file {weights!r} (seen from "
+            f"{os.getcwd()}). Train the teacher first, or name a checkpoint."
+        )
+    checkpointer.load(weights)
+    total = len(model.state_dict())
+    wrong_shape = [key for key, *_ in checkpointer.incompatible.incorrect_shapes]
+    missing = sorted(set(checkpointer.incompatible.missing_keys) | set(wrong_shape))
+    # A counter that old checkpoints lack and that evaluation does not read.
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    logger.info(f"Teacher: {total - len(missing)} of {total} entries loaded from {weights}.")
+    if missing:
+        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        _refuse(
+            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) fills {total - len(missing)} of {total} "
+            f"entries of the teacher. Missing, or of another shape: {shown}",
+            allow_random,
+        )
+
+
+def _refuse(problem: str, allow_random: bool) -> None:
+    if not allow_random:
+        raise ValueError(
+            f"{problem}. A teacher with random weights teaches nothing; to try things out all the "
+            "same, set MODEL.GLOBALKD.TEACHER.ALLOW_RANDOM_WEIGHTS True."
+        )
+    logger.warning(f"{problem}. Going on: ALLOW_RANDOM_WEIGHTS is True.")
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Put the batch norms of a frozen detector into the convolutions before them, in place.
+
+    The same function up to rounding, with less work: a norm with fixed statistics is a scale and a
+    shift of its channels. Only Detectron2's `Conv2d` says which norm follows it; other norms stay.
+    """
+    for conv in module.modules():
+        norm = getattr(conv, "norm", None) if isinstance(conv, Conv2d) else None
+        fixed = isinstance(norm, (FrozenBatchNorm2d, _BatchNorm)) and norm.running_mean is not None
+        if not fixed:
+            continue
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        conv.norm = None
+    module.requires_grad_(False)
