@@ -188,6 +188,8 @@ def _add_globalkd_loss_keys(node: CN) -> None:
     # A ReLU after the adapter, the 3x3 convolution from student to teacher width. The paper's text
     # has it, the released two-stage code does not: what comes out of an FPN is signed.
     node.FEATURE.ADAPTER_RELU = False
+    # Side of the adapter's kernel, odd. The paper does not say; its code has 3.
+    node.FEATURE.ADAPTER_KERNEL = 3
     # Weight each instance's cells by its reliability, Eq. 8.
     node.FEATURE.USE_RELIABILITY = True
 

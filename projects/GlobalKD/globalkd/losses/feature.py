@@ -79,6 +79,7 @@ class FeatureKnowledge(DistillLoss):
         *,
         weight: float = 1.0,
         background_weight: float = 0.0,
+        adapter_kernel: int = 3,
         adapter_relu: bool = False,
         weighted: bool = True,
     ):
@@ -86,11 +87,17 @@ class FeatureKnowledge(DistillLoss):
         Args:
             weight: weight of the term inside boxes.
             background_weight: weight of the term outside boxes.
+            adapter_kernel: side of the adapter's convolution, odd.
             adapter_relu: a ReLU after the adapter's convolution.
             weighted: a cell's weight is the reliability of its instance; else 1.
         """
         weights = {"loss_kd_feature": weight, "loss_kd_background": background_weight}
         super().__init__({k: w for k, w in weights.items() if w}, weighted=weighted)
+        if adapter_kernel < 1 or adapter_kernel % 2 == 0:
+            raise ValueError(
+                f"MODEL.GLOBALKD.FEATURE.ADAPTER_KERNEL is {adapter_kernel}; it must be odd, 1 or more."
+            )
+        self.adapter_kernel = adapter_kernel
         self.adapter_relu = adapter_relu
 
     @classmethod
@@ -99,12 +106,13 @@ class FeatureKnowledge(DistillLoss):
         return {
             "weight": node.WEIGHT,
             "background_weight": node.BACKGROUND_WEIGHT,
+            "adapter_kernel": node.ADAPTER_KERNEL,
             "adapter_relu": node.ADAPTER_RELU,
             "weighted": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
-        self.adapters = build_adapters(levels, kernel_size=3, relu=self.adapter_relu)
+        self.adapters = build_adapters(levels, kernel_size=self.adapter_kernel, relu=self.adapter_relu)
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         names = [pair.student for pair in context.levels]
