@@ -83,6 +83,26 @@ def test_what_is_needed_comes_first(table):
         seen.add(run.name)
 
 
+def test_a_teacher_and_a_start_may_have_starts_of_their_own(tmp_path):
+    path = tmp_path / "chain.yaml"
+    text = DEFINITION.replace(
+        "teacher: configs/t.yaml", "teacher: {config: configs/t.yaml, start: configs/backbone.yaml}"
+    )
+    text = text.replace(
+        "start: configs/s.yaml", "start: {config: configs/s.yaml, start: configs/small.yaml}"
+    )
+    path.write_text(text)
+    table = load_table(path, seeds=2)
+    ours = table.rows[2].runs[2]
+    assert table.rows[0].runs[1] == ours.teacher
+    assert ours.teacher.start == Run("configs/backbone.yaml", 1)
+    assert ours.start.start == Run("configs/small.yaml", 2)
+    assert [run.depth for run in table.runs()] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    path.write_text(text.replace("start: configs/small.yaml", "strat: configs/small.yaml"))
+    with pytest.raises(ValueError, match="unknown keys \\['strat'\\]"):
+        load_table(path, seeds=1)
+
+
 def test_a_runs_name_tells_every_difference():
     runs = [
         Run("configs/a/b.yaml", 1),

@@ -177,7 +177,7 @@ class TestProjection:
         student.requires_grad_()
         w_t, w_s = bank.project("p2", teacher, student)
         assert w_t.shape == w_s.shape == (0, K, P)
-        assert bank.own_class(w_s, classes).shape == (0, P)
+        assert bank.project("p2", teacher, student, classes)[1].shape == (0, P)
         w_s.sum().backward()
         assert bank.reliability("p2", teacher, student, classes).shape == (0,)
 
@@ -214,13 +214,19 @@ class TestProjection:
         weight = bank.reliability("p2", teacher, student, classes)
         assert weight.dtype == torch.float32
 
-    def test_own_class_takes_each_row_at_its_class(self):
-        bank = make_bank()
-        coefficients = torch.randn(5, K, P)
-        classes = torch.tensor([2, 0, 1, 1, 2])
-        own = bank.own_class(coefficients, classes)
-        for i, k in enumerate(classes.tolist()):
-            assert torch.equal(own[i], coefficients[i, k])
+    @every_projection
+    def test_classes_choose_their_prototypes_and_carry_the_same_gradient(self, projection):
+        bank = make_bank(projection=projection)
+        teacher, student, classes = instances()
+        student.requires_grad_()
+        rows = torch.arange(len(classes))
+        own = bank.project("p2", teacher, student, classes)
+        expected = [w[rows, classes] for w in bank.project("p2", teacher, student)]
+        for a, b in zip(own, expected):
+            assert a.shape == (len(classes), P)
+            torch.testing.assert_close(a, b)
+        gradients = [torch.autograd.grad(w[1].square().sum(), student)[0] for w in (own, expected)]
+        torch.testing.assert_close(*gradients)
 
 
 class TestReliability:
@@ -299,7 +305,7 @@ class TestReliability:
         bank = make_bank(projection=projection, **settings)
         pursuit = make_bank(projection="pursuit", **settings)
         teacher, student, classes = instances()
-        w_t, w_s = (bank.own_class(w, classes) for w in pursuit.project("p2", teacher, student))
+        w_t, w_s = pursuit.project("p2", teacher, student, classes)
         expected = torch.exp(-(1 + 2 * lam) * (w_t - w_s).norm(dim=1))
         assert torch.allclose(bank.reliability("p2", teacher, student, classes), expected)
 

@@ -128,12 +128,12 @@ def execute_all(runs, args, data_opts):
     """Run everything, `--jobs` at a time; those that others need first. Returns the failures."""
     failures = {}
     left = [run for run in runs if not (args.results / f"{run.name}.json").exists()]
-    needed = {run for student in left for run in (student.teacher, student.start) if run}
-    runs = [run for run in runs if run in left or run in needed]
-    stages = [
-        [run for run in runs if not (run.teacher or run.start)],
-        [run for run in runs if run.teacher or run.start],
-    ]
+    wanted = set(left)
+    while more := {needed for run in wanted for needed in run.needs} - wanted:
+        wanted |= more
+    runs = [run for run in runs if run in wanted]
+    depths = sorted({run.depth for run in runs})
+    stages = [[run for run in runs if run.depth == depth] for depth in depths]
     with tqdm(total=len(runs), desc="runs", unit="run", disable=None) as bar:
 
         def attempt(item):

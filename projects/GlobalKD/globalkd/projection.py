@@ -1,7 +1,7 @@
 """The prototypes of one level and the projection of instance features onto them (Sec. 3.2).
 
-What depends on the prototypes alone is computed when they change, so that a training step costs one
-normalisation and one matrix product a space. Not here: classes of instances, reliability, files
+What depends on the prototypes alone is computed when they change: a training step costs one
+normalisation and P inner products an instance and space. Not here: reliability, files
 (`prototype_bank`) and the maths of the operator (`sparse_coding`).
 
 Shapes: R instances, K classes, P prototypes a class, D_t and D_s channels.
@@ -56,28 +56,33 @@ class LevelPrototypes(nn.Module):
             for x in (self.teacher_prototypes, self.student_prototypes)
         ]
         unit = [unit_rows(x) for x in raw]
-        self.unit_teacher, self.unit_student = (x.flatten(0, 1).float() for x in unit)
+        self.unit_teacher, self.unit_student = (x.float() for x in unit)
         if self.lam is not None:
             atoms = unit if self.normalize else raw
             operator = projection_operator(*atoms, self.valid, self.lam)
-            self.operator = operator.transpose(0, 1).flatten(1, 2).float()  # (2, K P, D_t + D_s)
+            self.operator = operator.transpose(0, 1).float()  # (2, K, P, D_t + D_s)
 
-    def by_cosine(self, teacher: Tensor, student: Tensor) -> Tuple[Tensor, Tensor]:
+    def by_cosine(
+        self, teacher: Tensor, student: Tensor, classes: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
         """Cosine with each prototype, each space on its own.
 
         Args:
             teacher: (R, D_t) float32 features.
             student: (R, D_s) float32 features.
+            classes: (R,) the class whose prototypes each instance is projected onto; None for all.
 
         Returns:
-            (w_t, w_s), each (R, K * P); 0 in slots without a prototype.
+            (w_t, w_s), each (R, P), or (R, K, P) for all classes; 0 in slots without a prototype.
         """
         return (
-            unit_rows(teacher) @ self.unit_teacher.float().T,
-            unit_rows(student) @ self.unit_student.float().T,
+            _products(unit_rows(teacher), self.unit_teacher.float(), classes),
+            _products(unit_rows(student), self.unit_student.float(), classes),
         )
 
-    def by_pursuit(self, teacher: Tensor, student: Tensor) -> Tuple[Tensor, Tensor]:
+    def by_pursuit(
+        self, teacher: Tensor, student: Tensor, classes: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
         """Eq. (5), prototype after prototype on the residual, the spaces coupled.
 
         As `by_cosine`; w_t carries no gradient.
@@ -86,4 +91,11 @@ class LevelPrototypes(nn.Module):
             teacher, student = unit_rows(teacher), unit_rows(student)
         both = torch.cat([teacher, student], dim=1)
         to_teacher, to_student = self.operator.float()
-        return both.detach() @ to_teacher.T, both @ to_student.T
+        return _products(both.detach(), to_teacher, classes), _products(both, to_student, classes)
+
+
+def _products(vectors: Tensor, atoms: Tensor, classes: Optional[Tensor]) -> Tensor:
+    """(R, D) with (K, P, D) -> (R, K, P), or with the atoms of `classes` alone -> (R, P)."""
+    if classes is None:
+        return (vectors @ atoms.flatten(0, 1).T).unflatten(1, atoms.shape[:2])
+    return (atoms[classes] @ vectors[:, :, None]).squeeze(2)

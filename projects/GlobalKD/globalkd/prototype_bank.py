@@ -102,24 +102,23 @@ class PrototypeBank(nn.Module):
         """(K, P) bool, which slots hold a prototype."""
         return self.levels[level].valid
 
-    def project(self, level: str, teacher: Tensor, student: Tensor) -> Tuple[Tensor, Tensor]:
-        """Coefficients of instances on the prototypes of every class (Sec. 3.2).
+    def project(
+        self, level: str, teacher: Tensor, student: Tensor, classes: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """Coefficients of instances on prototypes (Sec. 3.2).
 
         Args:
             level: name of the feature level.
             teacher: (R, D_t) pooled raw features.
             student: (R, D_s), likewise.
+            classes: (R,) class ids in [0, K), for the prototypes of each instance's own class; None
+                for those of every class.
 
         Returns:
-            (w_t, w_s), each (R, K, P) float32, also under autocast; 0 in slots without a prototype.
-            w_t carries no gradient; w_s carries it to `student` alone.
+            (w_t, w_s), each (R, P), or (R, K, P) without `classes`; float32, also under autocast;
+            0 in slots without a prototype. Gradient flows from w_s to `student` alone.
         """
-        return self._coefficients(self.projection, level, teacher, student)
-
-    def own_class(self, coefficients: Tensor, classes: Tensor) -> Tensor:
-        """The coefficients on the instance's own class: (R, K, P), (R,) -> (R, P)."""
-        index = classes.view(-1, 1, 1).expand(-1, 1, coefficients.shape[2])
-        return coefficients.gather(1, index).squeeze(1)
+        return self._coefficients(self.projection, level, teacher, student, classes)
 
     @torch.no_grad()
     def reliability(self, level: str, teacher: Tensor, student: Tensor, classes: Tensor) -> Tensor:
@@ -142,10 +141,7 @@ class PrototypeBank(nn.Module):
         measure = RELIABILITIES[self.reliability_type]
         if measure.projection is None:
             return torch.ones(len(student), device=student.device)
-        w_t, w_s = (
-            self.own_class(x, classes)
-            for x in self._coefficients(measure.projection, level, teacher, student)
-        )
+        w_t, w_s = self._coefficients(measure.projection, level, teacher, student, classes)
         return measure.weight(w_t, w_s, self.valid(level)[classes], self.projection_lambda)
 
     @torch.no_grad()
@@ -192,13 +188,16 @@ class PrototypeBank(nn.Module):
         return about
 
     def _coefficients(
-        self, projection: str, level: str, teacher: Tensor, student: Tensor
+        self,
+        projection: str,
+        level: str,
+        teacher: Tensor,
+        student: Tensor,
+        classes: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor]:
         project = PROJECTIONS[projection]
         with torch.autocast(student.device.type, enabled=False):
-            w_t, w_s = project(self.levels[level], teacher.detach().float(), student.float())
-        shape = len(student), self.num_classes, self.num_prototypes
-        return w_t.view(shape), w_s.view(shape)
+            return project(self.levels[level], teacher.detach().float(), student.float(), classes)
 
     def _prepare(self) -> None:
         for level in self.levels.values():

@@ -27,7 +27,9 @@ def convolve_cells(conv: nn.Conv2d, features: Tensor, cells: Tensor) -> Tensor:
         keeps M times k x k x D numbers for the backward pass.
     """
     size, (pad, _) = conv.kernel_size[0], conv.padding
-    padded = F.pad(features.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
+    padded = features.permute(0, 2, 3, 1)
+    if pad:
+        padded = F.pad(padded, (0, 0, pad, pad, pad, pad))
     _, height, width, channels = padded.shape
     image, y, x = cells.unbind(dim=1)
     first = (image * height + y) * width + x  # the kernel's top-left cell, in padded rows

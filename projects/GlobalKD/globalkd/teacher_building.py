@@ -4,6 +4,7 @@ import logging
 import os
 from typing import List, Sequence
 
+import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -32,7 +33,8 @@ def build_teacher(
 ) -> Teacher:
     """Build a teacher from a Detectron2 config and load its weights through the gate.
 
-    The batch norms of its backbone are folded into its convolutions.
+    The batch norms of its backbone are folded into its convolutions; on a CPU, the weights of all
+    its convolutions have the channels_last layout.
 
     Args:
         config_file: a YAML file, or a model-zoo name.
@@ -59,6 +61,8 @@ def build_teacher(
         model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights, allow_pickle=allow_pickle
     )
     fold_norms(model.backbone)
+    if model.device.type == "cpu":
+        model.to(memory_format=torch.channels_last)
     return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
 
 

@@ -1,13 +1,15 @@
 """What is run: a table is a list of rows (a configuration and overrides), run with several seeds.
 
 Tables are YAML files in `results/tables/`. Students of a table share one teacher and, for each
-seed, one start, so that they differ by their row alone. The same run of two tables is run once.
+seed, one start, so that they differ by their row alone. `teacher` and `start` are configurations,
+or `{config: ..., start: ...}` where they begin with another training's weights. The same run of
+two tables is run once.
 """
 
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 
@@ -37,9 +39,19 @@ class Run:
         """Name of its folder and of its result: configuration, overrides' digest, seed."""
         stem = str(Path(self.config).with_suffix("")).removeprefix("configs/").replace("/", "-")
         about = [*self.opts]
-        about += [run.name for run in (self.teacher, self.start) if run]
+        about += [run.name for run in self.needs]
         digest = hashlib.sha1("\0".join(about).encode()).hexdigest()[:6]
         return f"{stem}{f'-{digest}' if about else ''}_seed{self.seed}"
+
+    @property
+    def needs(self) -> List["Run"]:
+        """The trainings that must be there before it."""
+        return [run for run in (self.teacher, self.start) if run]
+
+    @property
+    def depth(self) -> int:
+        """How many trainings stand before it, one after the other."""
+        return max((1 + run.depth for run in self.needs), default=0)
 
     def options(self, output: Path) -> List[str]:
         """KEY VALUE pairs of its command; weights lie in folders below `output`."""
@@ -85,14 +97,17 @@ class Table:
 
     def runs(self) -> List[Run]:
         """Every training, those that others need first; each once."""
-        ordered: Dict[str, Run] = {}
+        found: Dict[str, Run] = {}
+
+        def add(run: Run) -> None:
+            for needed in run.needs:
+                add(needed)
+            found.setdefault(run.name, run)
+
         for row in self.rows:
             for run in row.runs.values():
-                for needed in (run.teacher, run.start, run):
-                    if needed:
-                        ordered.setdefault(needed.name, needed)
-        depth = {name: bool(run.teacher or run.start) for name, run in ordered.items()}
-        return sorted(ordered.values(), key=lambda run: (depth[run.name], run.seed))
+                add(run)
+        return sorted(found.values(), key=lambda run: (run.depth, run.seed))
 
 
 def load_table(path: Path, seeds: int) -> Table:
@@ -125,22 +140,32 @@ def load_table(path: Path, seeds: int) -> Table:
 
 def _read_row(path: Path, table: dict, row: dict, seeds: int) -> Row:
     _check_keys(path, f"row {row.get('name')!r}: ", row, ROW_KEYS, {"name", "config"})
-    teacher = row.get("teacher", table.get("teacher"))
-    start = row.get("start", table.get("start"))
-    if row["config"] == teacher:  # the teacher's own row
-        runs = {1: Run(teacher, 1)}
+    needed = {key: row.get(key, table.get(key)) for key in ("teacher", "start")}
+    teacher = _read_needed(path, needed["teacher"], 1)
+    if teacher and row["config"] == teacher.config:  # the teacher's own row
+        runs = {1: teacher}
     else:
         runs = {
             seed: Run(
                 row["config"],
                 seed,
                 tuple(str(opt) for opt in row.get("opts", ())),
-                Run(teacher, 1) if teacher else None,
-                Run(start, seed) if start else None,
+                teacher,
+                _read_needed(path, needed["start"], seed),
             )
             for seed in range(1, seeds + 1)
         }
     return Row(row["name"], runs, row.get("paper"))
+
+
+def _read_needed(path: Path, entry: Any, seed: int) -> Optional[Run]:
+    """A teacher or a start: a configuration, or one with a start of its own; False for none."""
+    if not entry:
+        return None
+    if isinstance(entry, str):
+        return Run(entry, seed)
+    _check_keys(path, f"{entry}: ", entry, {"config", "start"}, {"config"})
+    return Run(entry["config"], seed, start=_read_needed(path, entry.get("start"), seed))
 
 
 def _check_keys(path: Path, where: str, found: dict, known: set, needed: set) -> None:

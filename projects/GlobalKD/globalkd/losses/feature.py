@@ -95,7 +95,7 @@ class FeatureKnowledge(DistillLoss):
         super().__init__({k: w for k, w in weights.items() if w}, weighted=weighted)
         if adapter_kernel < 1 or adapter_kernel % 2 == 0:
             raise ValueError(
-                f"MODEL.GLOBALKD.FEATURE.ADAPTER_KERNEL is {adapter_kernel}; it must be odd, 1 or more."
+                f"MODEL.GLOBALKD.FEATURE.ADAPTER_KERNEL is {adapter_kernel}; it must be odd."
             )
         self.adapter_kernel = adapter_kernel
         self.adapter_relu = adapter_relu
@@ -112,7 +112,9 @@ class FeatureKnowledge(DistillLoss):
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
-        self.adapters = build_adapters(levels, kernel_size=self.adapter_kernel, relu=self.adapter_relu)
+        self.adapters = build_adapters(
+            levels, kernel_size=self.adapter_kernel, relu=self.adapter_relu
+        )
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         names = [pair.student for pair in context.levels]

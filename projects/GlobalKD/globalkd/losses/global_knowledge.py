@@ -81,16 +81,15 @@ class GlobalKnowledge(DistillLoss):
 
     def _coefficients(self, context: DistillContext, level: str) -> Tuple[Tensor, Tensor, float]:
         """Teacher's and student's (R, C) coefficients, and the factor of the scope."""
-        bank = context.bank
-        teacher, student = bank.project(
+        every = self.scope == "all"
+        teacher, student = context.bank.project(
             level,
             context.teacher_instance_features[level],
             context.student_instance_features[level],
+            None if every else context.instances.classes,
         )
-        if self.scope == "all":
-            return teacher.flatten(1), student.flatten(1), 1.0 / bank.num_classes
-        classes = context.instances.classes
-        return bank.own_class(teacher, classes), bank.own_class(student, classes), 1.0
+        share = 1.0 / context.bank.num_classes if every else 1.0
+        return teacher.flatten(1), student.flatten(1), share
 
 
 def _check(key: str, value: str, allowed) -> None:
