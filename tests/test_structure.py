@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "projects" / "GlobalKD" / "gl
 
 #: Module or sub-package -> level. Inside a sub-package files may import each other.
 LEVELS = {
+    "backbone_cutting": 0,
     "config": 0,
     "dense_head": 0,
     "launching": 0,

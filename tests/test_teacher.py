@@ -202,6 +202,68 @@ def planted(teacher, **modes):
     return Teacher(teacher.model, input_format=teacher.input_format, **modes)
 
 
+CUT = {  # opts -> the levels that are read, how many convolutions that saves
+    "finest unread": ([], ["p4", "p5", "p6"], 4),  # output and lateral of p2 and p3
+    "coarsest unread": ([], ["p2", "p3"], 2),
+    "top block alone": ([], ["p6"], 6),  # made of p5
+    "all": ([], ["p2", "p3", "p4", "p5", "p6"], 0),
+    "resnet": (
+        [
+            *("MODEL.BACKBONE.NAME", "build_resnet_backbone"),
+            *("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES", ["res4"]),
+            *("MODEL.ANCHOR_GENERATOR.SIZES", [[32]]),
+        ],
+        ["res2", "res3"],
+        10,  # of res4 and res5: two blocks of two each, and their shortcuts
+    ),
+}
+
+
+@pytest.mark.parametrize("opts, levels, saved", CUT.values(), ids=CUT)
+def test_unread_levels_cost_nothing_and_the_others_are_the_same(opts, levels, saved):
+    teacher, batch = teacher_of(opts), make_batch([1, 1])
+    count = []
+    for module in teacher.model.backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_: count.append(1))
+    everything, before = teacher.features(batch, "BGR"), len(count)
+    teacher.read_levels(levels)
+    count.clear()
+    found = teacher.features(batch, "BGR")
+    assert list(found) == levels and before - len(count) == saved
+    assert all(torch.equal(found[name], everything[name]) for name in levels)
+    # The detector itself is whole.
+    whole = teacher.model.backbone(teacher.model.preprocess_image(batch).tensor)
+    assert list(whole) == list(everything)
+
+
+def test_a_cut_backbone_moves_with_its_teacher():
+    teacher = teacher_of()
+    teacher.read_levels(["p3"])
+    teacher.apply_(lambda x: x.double() if x.is_floating_point() else x)
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+    assert teacher._backbone(images)["p3"].dtype == torch.float64
+
+
+@pytest.mark.faults
+def test_a_level_that_is_not_there_is_named(rcnn):
+    with pytest.raises(ValueError, match="no level \\['p9'\\].*'p2'"):
+        rcnn.read_levels(["p9", "p2"])
+
+
+@pytest.mark.parametrize("loss", ["FeatureKnowledge", "ResponseKnowledge"])
+def test_levels_are_left_out_where_no_head_reads_them(loss, tiny_cfg):
+    cfg = tiny_cfg("rcnn")
+    cfg.MODEL.GLOBALKD.LOSSES = [loss]
+    cfg.MODEL.GLOBALKD.IN_FEATURES = ["p3", "p4"]
+    teacher = build_model(cfg).distiller.teacher
+    found = teacher.features(make_batch([1]), "BGR")
+    assert list(found) == (
+        ["p3", "p4"] if loss == "FeatureKnowledge" else list(teacher.output_shape)
+    )
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_precision_of_its_own_returns_float32_near_the_exact_maps(precision, rcnn):
     batch = make_batch([3, 2])

@@ -176,8 +176,10 @@ class Distiller(nn.Module):
             levels=[p.student for p in self.levels],
             num_classes=num_classes,
         )
-        weighted = self.bank_settings["reliability"] != "none"
         losses = self.losses.values()
+        if not any(x.needs_responses or x.needs_predictions or x.needs_dense for x in losses):
+            self.teacher.read_levels([p.teacher for p in self.levels])  # its heads do not run
+        weighted = self.bank_settings["reliability"] != "none"
         if any(x.needs_prototypes or (x.weighted and weighted) for x in losses):
             self.bank = PrototypeBank(
                 levels=[p.student for p in self.levels],

@@ -5,7 +5,7 @@ how it is built and loaded (`teacher_building.py`), what is learned from it (`lo
 """
 
 from contextlib import nullcontext
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Collection, Dict, List, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from .backbone_cutting import cut_backbone
 from .dense_head import DenseOutputs, find_dense_head
 from .sparse_convolution import anchor_logits, has_local_classes
 
@@ -64,7 +65,8 @@ class Teacher:
         self.class_names = list(class_names)
         self.precision = precision
         self.input_scale = input_scale
-        self._backbone = torch.compile(model.backbone) if compile else model.backbone
+        self._compile = compile
+        self.read_levels(list(model.backbone.output_shape()))
 
     @property
     def output_shape(self):
@@ -79,12 +81,27 @@ class Teacher:
         """Apply a tensor function (a move of device or dtype) to all parameters and buffers."""
         self.model._apply(fn)
 
+    def read_levels(self, levels: Collection[str]) -> None:
+        """From now on `features` gives these levels alone and leaves out what they do not need.
+
+        Raises:
+            ValueError: a level that the backbone has not.
+        """
+        if unknown := sorted(set(levels) - set(self.output_shape)):
+            raise ValueError(
+                f"The teacher has no level {unknown}; it has {list(self.output_shape)}."
+            )
+        backbone = cut_backbone(self.model.backbone, levels)
+        self._levels = tuple(levels)
+        self._backbone = torch.compile(backbone) if self._compile else backbone
+
     @torch.no_grad()
     def features(self, batched_inputs: List[dict], input_format: str) -> Dict[str, Tensor]:
         """One backbone pass over a batch in the student's input format.
 
         Returns:
-            level name -> map of the rescaled images; see `on_input_grid`.
+            level name -> map of the rescaled images, for the levels of `read_levels` (at first
+            all); see `on_input_grid`.
         """
         if input_format != self.input_format:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
@@ -95,7 +112,7 @@ class Teacher:
             images = images.contiguous(memory_format=torch.channels_last)
         with self._own_precision():
             maps = self._backbone(images)
-        return {name: self._returned(x) for name, x in maps.items()}
+        return {name: self._returned(maps[name]) for name in self._levels}
 
     def on_input_grid(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Maps as `features` gave them, brought to the grid of the images before rescaling."""

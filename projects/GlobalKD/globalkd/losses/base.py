@@ -80,7 +80,8 @@ class DistillContext:
         levels: matched levels, finest first. Dictionaries below have the student's level names.
         student_maps: level -> (N, D_s, H, W), with gradient.
         teacher_maps: level -> (N, D_t, H, W), detached, of the same H and W.
-        teacher_features: all of the teacher's maps under its own names.
+        teacher_features: the teacher's maps under its own names: all that its heads read if some
+            loss asks for their predictions, else those of `levels`.
         image_sizes: per-image (height, width) of the input.
         ground_truth: the annotated boxes.
         positives: the student's positive proposals or anchors.
