@@ -145,15 +145,16 @@ class Stepper:
 
 
 def seconds(call, device: str) -> float:
-    """What a call costs: on a GPU wall time to its end there, on a CPU the CPU time of all threads.
+    """What a call costs: wall time to its end, or CPU time where one thread does the work.
 
-    CPU time leaves out what else the machine was doing meanwhile; with one thread it is the wall
-    time on a free core.
+    CPU time leaves out what else the machine was doing meanwhile. With several threads it would
+    count their waiting, so that the machine must be free for a measurement.
     """
     if device == "cpu":
-        start = time.process_time()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         call()
-        return time.process_time() - start
+        return clock() - start
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()

@@ -7,8 +7,8 @@
 One process runs, round after round, one plain step of the student, one pass of the teacher's
 backbone as Detectron2 builds it, and one distilled step for each loss; the table has the medians.
 Machines drift within minutes: only such steps compare. The ratio is
-distilled / (plain + teacher): 1 is the floor of a teacher that is run as it is. On a CPU seconds
-are CPU seconds; use --threads 1 beside other work.
+distilled / (plain + teacher): 1 is the floor of a teacher that is run as it is. Beside other work
+use --threads 1: seconds are then CPU seconds.
 """
 
 import argparse

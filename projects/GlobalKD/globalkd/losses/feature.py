@@ -79,7 +79,7 @@ class FeatureKnowledge(DistillLoss):
         *,
         weight: float = 1.0,
         background_weight: float = 0.0,
-        adapter_kernel: int = 3,
+        adapter_kernel: int = 1,
         adapter_relu: bool = False,
         weighted: bool = True,
     ):
