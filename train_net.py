@@ -16,9 +16,9 @@ from detectron2.utils.logger import setup_logger
 
 from globalkd import register_datasets
 from globalkd.config_reading import load_config
-from globalkd.launching import launch
+from globalkd.engine.launching import launch
+from globalkd.engine.trainer import DistillTrainer, fall_back_to_cpu
 from globalkd.safe_loading import SafeCheckpointer
-from globalkd.trainer import DistillTrainer, fall_back_to_cpu
 
 
 def setup(args):

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from globalkd.evaluation import FastestCOCOeval
+from globalkd.engine.evaluation import FastestCOCOeval
 
 CLASSES, SIDE, BOXES = 80, 640, 7
 

@@ -4,9 +4,10 @@
     benchmarks/prototypes.py
     benchmarks/prototypes.py --dims 256 --instances 1000 10000 100000 1000000 --json rows.json
 
-"ours" is `globalkd.sparse_coding.select_atoms`. "direct" computes every residual and tries every
-candidate on every instance, in float64; it runs up to --direct-limit instances, and must choose the
-same rows there. Memory is the peak of the process (of the device, on a GPU) while choosing.
+"ours" is `globalkd.prototypes.sparse_coding.select_atoms`. "direct" computes every residual and
+tries every candidate on every instance, in float64; it runs up to --direct-limit instances, and
+must choose the same rows there. Memory is the peak of the process (of the device, on a GPU) while
+choosing.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from globalkd.sparse_coding import TIE, pair_coefficients, select_atoms, unit_rows
+from globalkd.prototypes.sparse_coding import TIE, pair_coefficients, select_atoms, unit_rows
 
 LAMBDA = 10.0
 COLUMNS = ("method", "instances", "dim", "prototypes", "seconds", "peak_bytes", "feature_bytes")

@@ -24,7 +24,7 @@ from detectron2.utils.logger import setup_logger
 from globalkd import add_globalkd_config, register_datasets
 from globalkd.analysis.annotations import training_instances
 from globalkd.analysis.explained_share import explained_shares
-from globalkd.trainer import DistillTrainer, fall_back_to_cpu
+from globalkd.engine.trainer import DistillTrainer, fall_back_to_cpu
 
 
 def timed(function, seconds):

@@ -35,7 +35,7 @@ from tabulate import tabulate
 
 from globalkd.distiller import Distiller, build_loss
 from globalkd.losses import DISTILL_LOSS_REGISTRY
-from globalkd.teacher_building import teacher_config
+from globalkd.teacher.building import teacher_config
 
 FULL = "GlobalKD"  # the three terms of the configuration's default
 

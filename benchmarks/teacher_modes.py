@@ -22,9 +22,9 @@ from setting import fill_bank, make_batch, seconds
 from step_time import Case
 from tabulate import tabulate
 
-from globalkd.backbone_cutting import cut_backbone
 from globalkd.distiller import Distiller, build_loss
 from globalkd.teacher import Teacher
+from globalkd.teacher.cutting import cut_backbone
 
 STOCK = "as Detectron2 runs it"
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from globalkd import register_datasets
 from globalkd.config_reading import load_config
+from globalkd.engine.trainer import fall_back_to_cpu
 from globalkd.safe_loading import SafeCheckpointer
-from globalkd.trainer import fall_back_to_cpu
 
 logger = logging.getLogger("globalkd.demo")
 

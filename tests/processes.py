@@ -77,7 +77,7 @@ def _run_all(calls):
 
 def _start_server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["globalkd.trainer"])
+    context.set_forkserver_preload(["globalkd.engine.trainer"])
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # for it and all its children
         forkserver.ensure_running()
 

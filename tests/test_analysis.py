@@ -14,7 +14,7 @@ from globalkd.analysis.demo_figures import draw_detections, draw_reliability
 from globalkd.analysis.reliability import ambiguity_auc, dataset_reliability
 from globalkd.analysis.runs import load_run, read_config, read_metrics
 from globalkd.data import register_datasets
-from globalkd.trainer import DistillTrainer
+from globalkd.engine.trainer import DistillTrainer
 
 sys.path.insert(0, str(ROOT / "tools"))
 from demo import METRICS, table

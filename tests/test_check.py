@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 from detectron2.modeling import build_model
 
-from globalkd.analysis.check import check_run, check_settings
-from globalkd.analysis.check_report import CheckReport
-from globalkd.analysis.check_step import Forecast, forecast, measure_terms
+from globalkd.analysis.checks.check import check_run, check_settings
+from globalkd.analysis.checks.report import CheckReport
+from globalkd.analysis.checks.step import Forecast, forecast, measure_terms
 from globalkd.analysis.components import list_components
 from globalkd.data import register_datasets
 

@@ -8,9 +8,9 @@ import torch
 from detectron2.engine import TrainerBase
 from torch import nn
 
-from globalkd.checkpoint import AtomicCheckpointer
-from globalkd.hooks import CheckpointSaver
-from globalkd.run_state import RunState
+from globalkd.engine.checkpoint import AtomicCheckpointer
+from globalkd.engine.hooks import CheckpointSaver
+from globalkd.engine.run_state import RunState
 
 
 @pytest.fixture
@@ -74,6 +74,16 @@ def test_a_damaged_checkpoint_is_named_with_the_others(saver, tmp_path, damage):
         path.write_bytes({"truncated": content[:5000], "empty": b"", "flipped": content}[damage])
     with pytest.raises(ValueError, match=r"newer\.pth, which .*not a whole.*\['good\.pth'\]"):
         resume(saver)
+
+
+@pytest.mark.faults
+def test_a_distiller_of_another_shape_says_what_to_do(tmp_path):
+    parts = {"model": nn.Linear(3, 3), "save_dir": str(tmp_path)}
+    AtomicCheckpointer(**parts, distiller=nn.Conv2d(4, 4, 3)).save("old")
+    with pytest.raises(
+        ValueError, match=r"old\.pth was written with other keys(?s:.*)weight.*3, 3"
+    ):
+        AtomicCheckpointer(**parts, distiller=nn.Conv2d(4, 4, 1)).resume_or_load("", resume=True)
 
 
 class Toy(TrainerBase):

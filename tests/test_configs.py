@@ -38,7 +38,7 @@ def build(monkeypatch):
     """Builds a detector in no time: without random weights, and without reading the teacher's."""
     for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-    monkeypatch.setattr("globalkd.teacher_building.load_teacher_weights", lambda *_, **__: None)
+    monkeypatch.setattr("globalkd.teacher.building.load_teacher_weights", lambda *_, **__: None)
 
     def build_on_cpu(cfg):
         cfg.MODEL.DEVICE = "cpu"

@@ -15,12 +15,13 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from processes import run_in_processes
 
-from globalkd import add_globalkd_config, prototype_refresh
-from globalkd.class_sharding import ClassShard
+from globalkd import add_globalkd_config
 from globalkd.data import register_datasets
-from globalkd.prototype_generation import generate_prototypes
+from globalkd.engine.trainer import DistillTrainer
+from globalkd.prototypes import refresh as prototype_refresh
+from globalkd.prototypes.class_sharding import ClassShard
+from globalkd.prototypes.generation import generate_prototypes
 from globalkd.structures import PairedFeatures
-from globalkd.trainer import DistillTrainer
 
 pytestmark = pytest.mark.slow
 GENERATORS = ["pursuit", "kmeans", "dbscan", "ambiguous", "random"]

@@ -17,9 +17,10 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from processes import run_in_processes
 from pycocotools.cocoeval import COCOeval
 
-from globalkd import add_globalkd_config, evaluation
+from globalkd import add_globalkd_config
 from globalkd.data import make_digit_scenes, register_datasets
-from globalkd.evaluation import VOCFolderEvaluator, build_evaluator, voc_average_precision
+from globalkd.engine import evaluation
+from globalkd.engine.evaluation import VOCFolderEvaluator, build_evaluator, voc_average_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("GLOBALKD_TEST_DATA", ROOT.parent / "shared" / "datasets"))

@@ -8,16 +8,16 @@ from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
 from globalkd.data import register_datasets
-from globalkd.extraction import (
+from globalkd.features import InstancePooler, match_levels
+from globalkd.prototypes.extraction import (
     ExtractionMapper,
     choose_images,
     extract_features,
     extraction_records,
     usable_boxes,
 )
-from globalkd.features import InstancePooler, match_levels
 from globalkd.random_state import isolated_rng
-from globalkd.teacher_building import build_teacher
+from globalkd.teacher.building import build_teacher
 
 
 def record(*boxes, **extra):

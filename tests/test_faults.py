@@ -19,14 +19,15 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
 
-from globalkd import add_globalkd_config, prototype_file, register_datasets
+from globalkd import add_globalkd_config, register_datasets
 from globalkd.config_reading import load_config
 from globalkd.data.unreadable import BlankIfUnreadable, readable_images
 from globalkd.data.voc import load_voc_folder
-from globalkd.extraction import ExtractionMapper
-from globalkd.hooks import UnreadableImageCount
-from globalkd.teacher_building import load_teacher_weights, teacher_config
-from globalkd.trainer import DistillTrainer
+from globalkd.engine.hooks import UnreadableImageCount
+from globalkd.engine.trainer import DistillTrainer
+from globalkd.prototypes import files as prototype_file
+from globalkd.prototypes.extraction import ExtractionMapper
+from globalkd.teacher.building import load_teacher_weights, teacher_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("catalogs")]
 KD = "MODEL.GLOBALKD."

@@ -21,14 +21,15 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from safetensors import SafetensorError
 
-from globalkd import add_globalkd_config, prototype_file, register_datasets
+from globalkd import add_globalkd_config, register_datasets
 from globalkd.analysis.html import Page
 from globalkd.analysis.runs import load_run
-from globalkd.checkpoint import AtomicCheckpointer
 from globalkd.config_reading import load_config
+from globalkd.engine.checkpoint import AtomicCheckpointer
+from globalkd.engine.trainer import DistillTrainer
+from globalkd.prototypes import files as prototype_file
 from globalkd.safe_loading import SafeCheckpointer
-from globalkd.teacher_building import load_teacher_weights, teacher_config
-from globalkd.trainer import DistillTrainer
+from globalkd.teacher.building import load_teacher_weights, teacher_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REFUSED = "holds more than tensors.*ALLOW_PICKLE"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from toy_step import SIZE, attach, evaluate, leaves, toy_bank, toy_step
 
 from globalkd import register_datasets
+from globalkd.engine.trainer import DistillTrainer
 from globalkd.losses import DISTILL_LOSS_REGISTRY, DistillLoss
-from globalkd.trainer import DistillTrainer
 
 #: Small modules for toy maps, and terms that are off by default.
 SETTINGS = {

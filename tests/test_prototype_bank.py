@@ -10,7 +10,7 @@ from reference_pursuit import sequential_coefficients
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from globalkd.prototype_bank import PrototypeBank
+from globalkd.prototypes.bank import PrototypeBank
 from globalkd.structures import PrototypeSet
 
 WIDTHS = {"p2": (7, 5), "p3": (6, 6)}

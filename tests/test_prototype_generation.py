@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from globalkd import prototype_generation
-from globalkd.prototype_generation import dense_instances, generate_prototypes, rows_by_class
-from globalkd.prototype_generators import (
+from globalkd.prototypes import generation as prototype_generation
+from globalkd.prototypes.generation import dense_instances, generate_prototypes, rows_by_class
+from globalkd.prototypes.generators import (
     PROTOTYPE_GENERATOR_REGISTRY,
     ClassInstances,
     GeneratorSettings,
     dbscan,
 )
-from globalkd.sparse_coding import select_atoms
+from globalkd.prototypes.sparse_coding import select_atoms
 from globalkd.structures import PairedFeatures
 
 GENERATORS = ["pursuit", "kmeans", "dbscan", "ambiguous", "random"]
@@ -226,7 +226,7 @@ class TestAlternatives:
         assert 3 not in result.rows["p2"][0].tolist()
 
     def test_dbscan_looks_at_a_bounded_number_of_instances(self, monkeypatch):
-        monkeypatch.setattr("globalkd.prototype_generators.DBSCAN_MAX_INSTANCES", 10)
+        monkeypatch.setattr("globalkd.prototypes.generators.DBSCAN_MAX_INSTANCES", 10)
         g = torch.Generator().manual_seed(0)
         teacher, student = torch.randn(2, 30, 4, generator=g)
         instances = ClassInstances(

@@ -6,7 +6,7 @@ from conftest import make_batch
 from detectron2.utils.events import EventStorage
 
 from globalkd.data import register_datasets
-from globalkd.trainer import DistillTrainer
+from globalkd.engine.trainer import DistillTrainer
 
 
 def build(cfg):

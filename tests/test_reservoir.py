@@ -7,11 +7,11 @@ import torch
 from conftest import make_batch
 from detectron2.utils.events import EventStorage
 
-from globalkd import prototype_refresh
 from globalkd.data import register_datasets
+from globalkd.engine.trainer import DistillTrainer
 from globalkd.features import LevelPair, to_rois
-from globalkd.reservoir import InstanceReservoir
-from globalkd.trainer import DistillTrainer
+from globalkd.prototypes import refresh as prototype_refresh
+from globalkd.prototypes.reservoir import InstanceReservoir
 
 LEVELS = [LevelPair("p2", "t2", 4, 3, 5), LevelPair("p3", "t3", 8, 3, 4)]
 

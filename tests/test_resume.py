@@ -17,11 +17,11 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from processes import run_alone, run_in_processes, run_unsupervised
 
-import globalkd.prototype_refresh
+import globalkd.prototypes.refresh
 from globalkd import add_globalkd_config
 from globalkd.data import register_datasets
+from globalkd.engine.trainer import DistillTrainer
 from globalkd.random_state import seed_all
-from globalkd.trainer import DistillTrainer
 
 pytestmark = pytest.mark.slow
 both = pytest.mark.parametrize("kind", list(KINDS))
@@ -101,8 +101,8 @@ def during_refresh(trainer, step):
             kill()
         return original(*args, **kwargs)
 
-    original = globalkd.prototype_refresh.generate_prototypes
-    globalkd.prototype_refresh.generate_prototypes = generate
+    original = globalkd.prototypes.refresh.generate_prototypes
+    globalkd.prototypes.refresh.generate_prototypes = generate
 
 
 def while_saving(trainer, step):

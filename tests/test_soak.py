@@ -18,7 +18,7 @@ from processes import run_alone
 
 from globalkd import add_globalkd_config
 from globalkd.data import register_datasets
-from globalkd.trainer import DistillTrainer
+from globalkd.engine.trainer import DistillTrainer
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from reference_pursuit import direct_pursuit, sequential_coefficients
 
-from globalkd.sparse_coding import (
+from globalkd.prototypes.sparse_coding import (
     pair_coefficients,
     projection_operator,
     select_atoms,

@@ -12,7 +12,7 @@ from torch import nn
 
 from globalkd.data import register_datasets
 from globalkd.teacher import Teacher
-from globalkd.teacher_building import build_teacher, fold_norms, teacher_config
+from globalkd.teacher.building import build_teacher, fold_norms, teacher_config
 
 QUICK = str(ROOT / "configs/quick/Base-digits-rcnn.yaml")
 SMALL = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.DEVICE", "cpu"]

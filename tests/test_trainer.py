@@ -6,7 +6,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from globalkd.data import register_datasets
-from globalkd.trainer import DistillTrainer, check_classes, fall_back_to_cpu, first_images
+from globalkd.engine.trainer import DistillTrainer, check_classes, fall_back_to_cpu, first_images
 
 
 @pytest.fixture

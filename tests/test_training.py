@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage
 from globalkd.analysis.export import export_student, stock_config
 from globalkd.analysis.runs import load_run, read_metrics
 from globalkd.data import register_datasets
-from globalkd.trainer import DistillTrainer
+from globalkd.engine.trainer import DistillTrainer
 
 pytestmark = pytest.mark.slow
 both = pytest.mark.parametrize("kind", list(KINDS))

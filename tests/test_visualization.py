@@ -11,9 +11,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage, TensorboardXWriter, get_event_storage
 
 from globalkd.data import register_datasets
-from globalkd.trainer import DistillTrainer
+from globalkd.engine.trainer import DistillTrainer
+from globalkd.engine.wandb_writer import WandbWriter
 from globalkd.visualization import draw_boxes, panel_grid
-from globalkd.wandb_writer import WandbWriter
 
 RED = (255, 0, 0)
 

@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from globalkd.dense_head import DenseOutputs
 from globalkd.features import InstancePooler, LevelPair
 from globalkd.losses import Candidates, DistillContext, InstanceRows, Positives
-from globalkd.prototype_bank import PrototypeBank
+from globalkd.prototypes.bank import PrototypeBank
 from globalkd.structures import PrototypeSet
 
 SIZE, CLASSES, ANCHORS = 64, 4, 2

@@ -12,10 +12,10 @@ fail. Exit status 1 if there is a problem. Nothing is written.
 import argparse
 import sys
 
-from globalkd.analysis.check import check_run
+from globalkd.analysis.checks.check import check_run
 from globalkd.analysis.components import components_text
 from globalkd.config_reading import load_config
-from globalkd.trainer import fall_back_to_cpu
+from globalkd.engine.trainer import fall_back_to_cpu
 
 
 def main():

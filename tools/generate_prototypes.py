@@ -14,8 +14,8 @@ from detectron2.utils.logger import setup_logger
 
 from globalkd import register_datasets
 from globalkd.config_reading import load_config
+from globalkd.engine.trainer import fall_back_to_cpu
 from globalkd.safe_loading import SafeCheckpointer
-from globalkd.trainer import fall_back_to_cpu
 
 
 def main():

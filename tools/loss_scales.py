@@ -21,8 +21,8 @@ from detectron2.utils.logger import setup_logger
 
 from globalkd import DISTILL_LOSS_REGISTRY, register_datasets
 from globalkd.config_reading import load_config
+from globalkd.engine.trainer import DistillTrainer, fall_back_to_cpu
 from globalkd.safe_loading import SafeCheckpointer
-from globalkd.trainer import DistillTrainer, fall_back_to_cpu
 
 #: An iteration past every loss's own start.
 LATE = 10**9

@@ -23,8 +23,8 @@ INTRODUCTION = """\
 
 Rendered by `make results` from the result files in `results/`: one for each run, with its
 configuration, overrides, seed, command, commit, machine and metrics. A table is a file in
-`results/tables/`, a matrix of configurations and seeds that share a teacher and, seed by seed, a
-start:
+`results/tables/`, a matrix of configurations and seeds; all its students share a teacher and a
+start, as students that begin with ImageNet weights do:
 
 ```bash
 make reproduce TABLE=digits_modules SEEDS=3                          # one training after the other

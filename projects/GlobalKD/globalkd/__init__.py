@@ -18,10 +18,8 @@ from .data import register_datasets
 from .distiller import Distiller
 from .losses import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .meta_arch import DistillGeneralizedRCNN, DistillRetinaNet
-from .prototype_bank import PrototypeBank
-from .prototype_refresh import PrototypeRefresher
-from .teacher import Teacher
-from .teacher_building import build_teacher
+from .prototypes import PrototypeBank, PrototypeRefresher
+from .teacher import Teacher, build_teacher
 
 __version__ = "0.1.0"
 

@@ -16,13 +16,13 @@ from .features import InstancePooler, LevelPair, match_levels
 from .losses import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRows, StudentOutputs
 from .non_finite import NonFiniteLosses
 from .pairing import check_pair, inherit_heads
-from .prototype_bank import PrototypeBank
-from .prototype_refresh import PrototypeRefresher
-from .reservoir import InstanceReservoir
+from .prototypes.bank import PrototypeBank
+from .prototypes.refresh import PrototypeRefresher
+from .prototypes.reservoir import InstanceReservoir
 from .schedule import weight_factor
 from .structures import PrototypeSet
 from .teacher import Teacher
-from .teacher_building import build_teacher
+from .teacher.building import build_teacher
 from .visualization import put_reliability
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,14 @@ from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 from torch import nn
 
-from ..extraction import (
+from ..prototypes.extraction import (
     ExtractionMapper,
     choose_images,
     extract_features,
     extraction_records,
     usable_boxes,
 )
-from ..prototype_generation import generate_prototypes
+from ..prototypes.generation import generate_prototypes
 from ..structures import PairedFeatures, PrototypeSet
 
 #: Columns of a box in tables: XYXY_ABS in pixels of the original image.

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from ..sparse_coding import unit_rows
+from ..prototypes.sparse_coding import unit_rows
 from ..structures import PairedFeatures
 from .discrepancy import instance_discrepancy
 from .explained_share import explained_shares

@@ -7,8 +7,8 @@ from typing import Dict, List, Tuple
 from tabulate import tabulate
 
 from ..losses import DISTILL_LOSS_REGISTRY
-from ..prototype_bank import PROJECTIONS, RELIABILITIES
-from ..prototype_generators import PROTOTYPE_GENERATOR_REGISTRY
+from ..prototypes.bank import PROJECTIONS, RELIABILITIES
+from ..prototypes.generators import PROTOTYPE_GENERATOR_REGISTRY
 
 
 def list_components() -> Dict[str, List[Tuple[str, str]]]:

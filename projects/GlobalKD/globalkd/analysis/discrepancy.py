@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from ..prototype_generators import PROTOTYPE_GENERATOR_REGISTRY
+from ..prototypes.generators import PROTOTYPE_GENERATOR_REGISTRY
 from ..structures import PairedFeatures
 from .annotations import dataset_annotations, make_prototypes, training_instances
 from .reliability import ambiguity_auc, level_reliability

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from ..sparse_coding import unit_rows
+from ..prototypes.sparse_coding import unit_rows
 from ..structures import PairedFeatures, PrototypeSet
 from .annotations import CORNERS, corners, crop, make_prototypes, training_instances
 from .explained_share import explained_shares

@@ -15,7 +15,7 @@ from ..data import register_datasets
 from ..meta_arch import DistillMixin
 from ..safe_loading import SafeCheckpointer
 from ..teacher import Teacher
-from ..teacher_building import build_teacher
+from ..teacher.building import build_teacher
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP-clean", "AP-ambiguous")
 

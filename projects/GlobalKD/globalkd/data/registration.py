@@ -2,7 +2,7 @@
 
 Here: checks of the entries, the two Detectron2 catalogs, and the removal of boxes that cannot be
 learnt. Not here: the file formats (`voc.py`, Detectron2's COCO loader) and the metrics
-(`evaluation.py`). Files of annotations are read when a dataset is first asked for.
+(`engine/evaluation.py`). Files of annotations are read when a dataset is first asked for.
 """
 
 import json

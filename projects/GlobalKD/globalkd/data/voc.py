@@ -1,9 +1,9 @@
 """Reads a folder in Pascal VOC layout: any class names, .jpg, .jpeg or .png images.
 
 Here: files -> Detectron2 dataset dicts. Not here: the catalogs (`registration.py`) and the metric
-(`evaluation.py`). Against Detectron2's own loader, which serves the VOC datasets that Detectron2
-registers, it keeps the "difficult" flag, accepts fractional coordinates and missing optional tags,
-and names the file in every error.
+(`engine/evaluation.py`). Against Detectron2's own loader, which serves the VOC datasets that
+Detectron2 registers, it keeps the "difficult" flag, accepts fractional coordinates and missing
+optional tags, and names the file in every error.
 """
 
 import os

@@ -1,9 +1,9 @@
 """What is run: a table is a list of rows (a configuration and overrides), run with several seeds.
 
-Tables are YAML files in `results/tables/`. Students of a table share one teacher and, for each
-seed, one start, so that they differ by their row alone. `teacher` and `start` are configurations,
-or `{config: ..., start: ...}` where they begin with another training's weights. The same run of
-two tables is run once.
+Tables are YAML files in `results/tables/`. All students of a table share one teacher and one start,
+as students of ImageNet weights do: rows differ by what they say alone, seeds by the order of the
+data and by what is drawn. `teacher` and `start` are configurations, or `{config: ..., start: ...}`
+where they begin with another training's weights. The same run of two tables is run once.
 """
 
 import hashlib
@@ -140,8 +140,9 @@ def load_table(path: Path, seeds: int) -> Table:
 
 def _read_row(path: Path, table: dict, row: dict, seeds: int) -> Row:
     _check_keys(path, f"row {row.get('name')!r}: ", row, ROW_KEYS, {"name", "config"})
-    needed = {key: row.get(key, table.get(key)) for key in ("teacher", "start")}
-    teacher = _read_needed(path, needed["teacher"], 1)
+    teacher, start = (
+        _read_needed(path, row.get(key, table.get(key))) for key in ("teacher", "start")
+    )
     if teacher and row["config"] == teacher.config:  # the teacher's own row
         runs = {1: teacher}
     else:
@@ -151,21 +152,21 @@ def _read_row(path: Path, table: dict, row: dict, seeds: int) -> Row:
                 seed,
                 tuple(str(opt) for opt in row.get("opts", ())),
                 teacher,
-                _read_needed(path, needed["start"], seed),
+                start,
             )
             for seed in range(1, seeds + 1)
         }
     return Row(row["name"], runs, row.get("paper"))
 
 
-def _read_needed(path: Path, entry: Any, seed: int) -> Optional[Run]:
+def _read_needed(path: Path, entry: Any) -> Optional[Run]:
     """A teacher or a start: a configuration, or one with a start of its own; False for none."""
     if not entry:
         return None
     if isinstance(entry, str):
-        return Run(entry, seed)
+        return Run(entry, seed=1)
     _check_keys(path, f"{entry}: ", entry, {"config", "start"}, {"config"})
-    return Run(entry["config"], seed, start=_read_needed(path, entry.get("start"), seed))
+    return Run(entry["config"], seed=1, start=_read_needed(path, entry.get("start")))
 
 
 def _check_keys(path: Path, where: str, found: dict, known: set, needed: set) -> None:

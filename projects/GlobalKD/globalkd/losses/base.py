@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..dense_head import DenseOutputs
 from ..features import InstancePooler, LevelPair, crop_to_common
-from ..prototype_bank import PrototypeBank
+from ..prototypes.bank import PrototypeBank
 from ..teacher import Teacher
 from .outputs import Candidates, InstanceRows, Positives, Responses
 

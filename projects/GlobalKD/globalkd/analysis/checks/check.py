@@ -2,8 +2,8 @@
 
 Each part looks at one thing and reports what it found; a part that fails is a problem of the run,
 and the parts that do not depend on it still run. Here: the order of the parts, and what the keys
-say about each other. Not here: datasets, detectors and cost (`check_data`, `check_detectors`,
-`check_cost`), and the measurements (`check_step`).
+say about each other. Not here: datasets, detectors and cost (`data`, `detectors`, `cost`),
+and the measurements (`step`).
 """
 
 import os
@@ -14,11 +14,11 @@ from typing import Callable, Optional, Tuple
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..trainer import DistillTrainer
-from .check_cost import check_cost
-from .check_data import check_datasets, register_each
-from .check_detectors import check_detectors
-from .check_report import CheckReport
+from ...engine.trainer import DistillTrainer
+from .cost import check_cost
+from .data import check_datasets, register_each
+from .detectors import check_detectors
+from .report import CheckReport
 
 
 def check_run(

@@ -24,6 +24,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from ..features import InstancePooler, LevelPair
+from ..random_state import isolated_rng
+from ..structures import PairedFeatures, PrototypeSet
+from ..teacher import Teacher
+from .bank import PrototypeBank
 from .class_sharding import ClassShard, run_everywhere
 from .extraction import (
     ExtractionMapper,
@@ -32,13 +37,8 @@ from .extraction import (
     extraction_records,
     usable_boxes,
 )
-from .features import InstancePooler, LevelPair
-from .prototype_bank import PrototypeBank
-from .prototype_generation import generate_prototypes, rows_by_class
-from .random_state import isolated_rng
+from .generation import generate_prototypes, rows_by_class
 from .reservoir import InstanceReservoir
-from .structures import PairedFeatures, PrototypeSet
-from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Coupled matching pursuit in two feature spaces: the maths of GlobalKD's Eq. (2) to (5).
 
 Pure functions on tensors of any device. Not here: classes, levels, normalisation settings
-(`prototype_generation`) and what a training step needs (`prototype_bank`).
+(`generation`) and what a training step needs (`bank`).
 
 Shapes: R instances, P atoms (prototypes of one class), D_t and D_s channels in the teacher's and
 the student's space, D = D_t + D_s. An atom is one instance in both spaces, (p_t, p_s).

@@ -2,7 +2,7 @@
 
 The header's metadata hold the format's name and version, the fingerprint (what the prototypes were
 made with) and the instances per class as JSON, and a SHA-256 of all of it and the tensors. Not
-here: what the tensors mean (`prototype_bank`).
+here: what the tensors mean (`bank`).
 """
 
 import hashlib

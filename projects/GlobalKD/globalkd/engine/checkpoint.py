@@ -11,7 +11,7 @@ from typing import Callable
 
 import torch
 
-from .safe_loading import SafeCheckpointer
+from ..safe_loading import SafeCheckpointer
 
 #: What is being written has this name until it is complete. One name: a killed run leaves at most
 #: one such file, and the next save overwrites it.
@@ -67,7 +67,15 @@ class AtomicCheckpointer(SafeCheckpointer):
     def load(self, path: str, *args, **kwargs):
         if path and path == self.get_checkpoint_file():
             _check_whole(path)
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        except RuntimeError as error:
+            if "Error(s) in loading state_dict" not in str(error):
+                raise
+            raise ValueError(
+                f"{path} was written with other keys of MODEL.GLOBALKD than those of this run: "
+                f"{error}. Resume it with its own keys, or train into another OUTPUT_DIR."
+            ) from error
 
 
 def _sync_folder(folder: str) -> None:

@@ -22,11 +22,11 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data.unreadable import UNREADABLE, pass_over
-from .features import InstancePooler, LevelPair, crop_to_common, to_rois
-from .random_state import isolated_rng
-from .structures import PairedFeatures
-from .teacher import Teacher
+from ..data.unreadable import UNREADABLE, pass_over
+from ..features import InstancePooler, LevelPair, crop_to_common, to_rois
+from ..random_state import isolated_rng
+from ..structures import PairedFeatures
+from ..teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 `PrototypeBank` holds aligned prototypes of both spaces and answers two questions about pooled
 instance features: their coefficients on the prototypes, and how reliable each instance is (Eq. 8).
 Not here: one level's buffers and projections (`projection`), how prototypes are chosen
-(`prototype_generation`), the file format (`prototype_file`) and the losses.
+(`generation`), the file format (`files`) and the losses.
 
 Shapes: R instances, K classes, P prototypes a class, D_t and D_s channels.
 """
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from . import prototype_file
+from ..structures import PrototypeSet
+from . import files
 from .projection import LevelPrototypes
-from .structures import PrototypeSet
 
 
 class PrototypeBank(nn.Module):
@@ -164,7 +164,7 @@ class PrototypeBank(nn.Module):
             counts: (K,) the instances of each class that took part.
         """
         tensors = {name: x.cpu().contiguous() for name, x in self.state_dict().items()}
-        prototype_file.write(path, tensors, fingerprint=fingerprint, counts=counts.tolist())
+        files.write(path, tensors, fingerprint=fingerprint, counts=counts.tolist())
 
     def load(self, path: str, expect: Optional[dict] = None) -> dict:
         """Read prototypes that `save` wrote. On an error the bank stays as it was.
@@ -180,10 +180,10 @@ class PrototypeBank(nn.Module):
             FileNotFoundError: no such file.
             ValueError: not an intact prototype file, or of another model or fingerprint.
         """
-        tensors, about = prototype_file.read(path)
-        prototype_file.check_tensors(path, tensors, self.state_dict())
+        tensors, about = files.read(path)
+        files.check_tensors(path, tensors, self.state_dict())
         if expect is not None:
-            prototype_file.check_fingerprint(path, about["fingerprint"], expect)
+            files.check_fingerprint(path, about["fingerprint"], expect)
         self.load_state_dict(tensors)
         return about
 

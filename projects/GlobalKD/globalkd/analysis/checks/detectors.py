@@ -6,8 +6,8 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
-from ..teacher_building import ReportingCheckpointer
-from .check_report import CheckReport, shortened
+from ...teacher.building import ReportingCheckpointer
+from .report import CheckReport, shortened
 
 
 def check_detectors(model: nn.Module, cfg: CfgNode, report: CheckReport) -> None:

@@ -2,7 +2,7 @@
 
 Takes the instance features of a dataset and returns a `PrototypeSet`: groups the instances by
 class, settles which of them are candidates and hands each class and level to a generator. Not here:
-the generators (`prototype_generators`) and extracting features (`extraction`).
+the generators (`generators`) and extracting features (`extraction`).
 
 Shapes: R instances of one class on one level, P prototypes, K classes, D_t and D_s channels.
 """
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .prototype_generators import (
+from ..structures import PairedFeatures, PrototypeSet
+from .generators import (
     PROTOTYPE_GENERATOR_REGISTRY,
     ClassInstances,
     GeneratorSettings,
 )
 from .sparse_coding import unit_rows
-from .structures import PairedFeatures, PrototypeSet
 
 logger = logging.getLogger(__name__)
 

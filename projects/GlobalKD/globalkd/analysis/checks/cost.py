@@ -7,9 +7,9 @@ from datetime import datetime, timedelta
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from ..trainer import DistillTrainer
-from . import check_step
-from .check_report import CheckReport
+from ...engine.trainer import DistillTrainer
+from . import step as measured
+from .report import CheckReport
 
 #: A term is remarkable above so many times the detection loss, and below so little of its gradient.
 LARGE, SMALL = 100.0, 1e-3
@@ -34,17 +34,17 @@ def check_cost(
         if not distiller.bank.is_ready:
             return
     with report.part("One step"):
-        check_step.run_step(trainer)
-        memory = check_step.peak_memory(cfg.MODEL.DEVICE)
+        measured.run_step(trainer)
+        memory = measured.peak_memory(cfg.MODEL.DEVICE)
         if distiller is not None:
             batch = next(iter(trainer.data_loader))
-            _report_terms(check_step.measure_terms(trainer.model, batch), cfg, report)
+            _report_terms(measured.measure_terms(trainer.model, batch), cfg, report)
         trainers = {"as configured": trainer}
         if distiller is not None:
             trainers["plain student"] = DistillTrainer(_plain(cfg))
-        seconds = check_step.time_steps(trainers, steps)
-        image = check_step.time_inference(trainer.model, cfg, INFERENCE_IMAGES)
-        cost = check_step.forecast(
+        seconds = measured.time_steps(trainers, steps)
+        image = measured.time_inference(trainer.model, cfg, INFERENCE_IMAGES)
+        cost = measured.forecast(
             cfg,
             step=seconds["as configured"],
             refresh=refresh,
@@ -89,7 +89,7 @@ def _check_prototypes(trainer, report: CheckReport, num_images: int, num_gpus: i
     return seconds, period
 
 
-def _report_terms(step: check_step.StepTerms, cfg: CfgNode, report: CheckReport) -> None:
+def _report_terms(step: measured.StepTerms, cfg: CfgNode, report: CheckReport) -> None:
     rows = [(t.name, f"{t.value:.4g}", f"{t.ratio:.3g}", f"{t.gradient:.3g}") for t in step.terms]
     rows.insert(0, ("detection losses", f"{step.detection:.4g}", "1", "1"))
     heads = ["term", "value", "ratio", "gradient ratio"]
@@ -115,7 +115,7 @@ def _report_terms(step: check_step.StepTerms, cfg: CfgNode, report: CheckReport)
 
 
 def _report_cost(
-    seconds: dict, memory: float, cost: check_step.Forecast, cfg: CfgNode, report: CheckReport
+    seconds: dict, memory: float, cost: measured.Forecast, cfg: CfgNode, report: CheckReport
 ) -> None:
     step, plain = seconds["as configured"], seconds.get("plain student")
     lines = [f"a step: {step:.3f} s"]

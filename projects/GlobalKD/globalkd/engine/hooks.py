@@ -12,9 +12,9 @@ from typing import Callable
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from .data.unreadable import readable_images
+from ..data.unreadable import readable_images
+from ..random_state import STEPS, seed_all
 from .launching import STOP_SIGNALS
-from .random_state import STEPS, seed_all
 
 logger = logging.getLogger(__name__)
 

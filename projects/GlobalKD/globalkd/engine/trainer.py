@@ -24,10 +24,10 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
+from ..data.resumable_loader import ResumableLoader, shield_workers
+from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
+from ..distiller import Distiller
 from .checkpoint import AtomicCheckpointer
-from .data.resumable_loader import ResumableLoader, shield_workers
-from .data.unreadable import BlankIfUnreadable, pass_over_unreadable
-from .distiller import Distiller
 from .evaluation import build_evaluator
 from .hooks import (
     CheckpointSaver,

@@ -16,8 +16,8 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..features import record_outputs
-from ..trainer import DistillTrainer, first_images
+from ...engine.trainer import DistillTrainer, first_images
+from ...features import record_outputs
 
 
 @dataclass

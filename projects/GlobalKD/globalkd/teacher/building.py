@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .config_reading import load_config
-from .safe_loading import SafeCheckpointer
+from ..config_reading import load_config
+from ..safe_loading import SafeCheckpointer
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Prototype generators: how R instances of one class on one level come down to P of them.
 
 Chosen by name from PROTOTYPE_GENERATOR_REGISTRY: the paper's pursuit (Sec. 3.1) and what Table 6
-and Fig. 1 compare it with. Not here: classes, levels and candidates (`prototype_generation`), and
+and Fig. 1 compare it with. Not here: classes, levels and candidates (`generation`), and
 the maths of the pursuit (`sparse_coding`).
 
 Shapes: R instances, P prototypes, D_t and D_s channels in the teacher's and the student's space.

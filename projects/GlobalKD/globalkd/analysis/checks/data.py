@@ -9,9 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
-from ..data import register_datasets
-from ..extraction import usable_boxes
-from .check_report import CheckReport, shortened
+from ...data import register_datasets
+from ...prototypes.extraction import usable_boxes
+from .report import CheckReport, shortened
 
 DATASET_KEYS = ("COCO", "VOC")
 #: Longer tables of classes are cut to the rarest ones.

@@ -1,7 +1,7 @@
 """The teacher: any Detectron2 detector, frozen, and hidden from the student's module tree.
 
 Here: its features and its class predictions for boxes and anchors that the student chose. Not here:
-how it is built and loaded (`teacher_building.py`), what is learned from it (`losses/`).
+how it is built and loaded (`teacher/building.py`), what is learned from it (`losses/`).
 """
 
 from contextlib import nullcontext
@@ -14,9 +14,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from .backbone_cutting import cut_backbone
-from .dense_head import DenseOutputs, find_dense_head
-from .sparse_convolution import anchor_logits, has_local_classes
+from ..dense_head import DenseOutputs, find_dense_head
+from ..sparse_convolution import anchor_logits, has_local_classes
+from .cutting import cut_backbone
 
 #: MODEL.GLOBALKD.TEACHER.PRECISION; None leaves the teacher in what surrounds it.
 PRECISIONS = {

@@ -2,7 +2,7 @@
 
 What depends on the prototypes alone is computed when they change: a training step costs one
 normalisation and P inner products an instance and space. Not here: reliability, files
-(`prototype_bank`) and the maths of the operator (`sparse_coding`).
+(`bank`) and the maths of the operator (`sparse_coding`).
 
 Shapes: R instances, K classes, P prototypes a class, D_t and D_s channels.
 """

@@ -12,8 +12,8 @@ from typing import Dict, Sequence
 import torch
 from torch import Tensor, nn
 
-from .features import LevelPair
-from .structures import PairedFeatures
+from ..features import LevelPair
+from ..structures import PairedFeatures
 
 
 class InstanceReservoir(nn.Module):

@@ -1,0 +1,5 @@
+"""Training and evaluation: the trainer of train_net.py, its hooks, checkpoints and evaluators."""
+
+from .trainer import DistillTrainer
+
+__all__ = ["DistillTrainer"]
