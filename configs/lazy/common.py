@@ -6,7 +6,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 
 from globalkd import Distiller, PrototypeRefresher, build_teacher
 from globalkd.losses import FeatureKnowledge, GlobalKnowledge, ResponseKnowledge
-from globalkd.prototypes.refresh import GenerationSettings, ImageSource
+from globalkd.prototypes.settings import GenerationSettings, ImageSource
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_2x

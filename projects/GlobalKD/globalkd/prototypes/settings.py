@@ -1,0 +1,70 @@
+"""What prototypes are made from and how, read from a config."""
+
+from dataclasses import dataclass, field
+from typing import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+
+
+@dataclass
+class GenerationSettings:
+    """Arguments of `generate_prototypes`; the keys of MODEL.GLOBALKD.PROTOTYPES."""
+
+    generator: str = "pursuit"
+    num_prototypes: int = 10
+    lam: float = 10.0
+    normalize: bool = True
+    density_percentile: float = 0.0
+    space: str = "teacher"
+    dbscan_eps: float = 2.0
+    seed: int = 1
+
+    @staticmethod
+    def from_config(cfg: CfgNode) -> "GenerationSettings":
+        node = cfg.MODEL.GLOBALKD.PROTOTYPES
+        return GenerationSettings(
+            generator=node.GENERATOR,
+            num_prototypes=node.NUM,
+            lam=node.LAMBDA,
+            normalize=node.NORMALIZE,
+            density_percentile=node.DENSITY_PERCENTILE,
+            space=node.SPACE,
+            dbscan_eps=node.DBSCAN_EPS,
+            seed=node.SEED,
+        )
+
+
+@dataclass
+class ImageSource:
+    """Where the instances come from, and how images are read."""
+
+    datasets: Sequence[str]
+    filter_empty: bool = True
+    min_box_size: float = 30.0
+    max_images_per_class: int = 800
+    seed: int = 1
+    image_format: str = "BGR"
+    augmentations: Sequence[T.Augmentation] = field(default_factory=list)
+    num_workers: int = 0
+    feature_dir: str = ""
+    max_unreadable: int = 0
+
+    @staticmethod
+    def from_config(cfg: CfgNode) -> "ImageSource":
+        node = cfg.MODEL.GLOBALKD.PROTOTYPES
+        resize = T.ResizeShortestEdge(
+            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+        )
+        return ImageSource(
+            datasets=cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_box_size=node.MIN_BOX_SIZE,
+            max_images_per_class=node.MAX_IMAGES_PER_CLASS,
+            seed=node.SEED,
+            image_format=cfg.INPUT.FORMAT,
+            augmentations=[resize] if cfg.INPUT.MIN_SIZE_TEST > 0 else [],
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            feature_dir=node.FEATURE_DIR,
+            max_unreadable=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
+        )
