@@ -11,6 +11,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from globalkd.data import register_datasets
+from globalkd.distiller import Distiller
+from globalkd.losses import ResponseKnowledge
 from globalkd.teacher import Teacher
 from globalkd.teacher.building import build_teacher, fold_norms, teacher_config
 
@@ -262,6 +264,18 @@ def test_levels_are_left_out_where_no_head_reads_them(loss, tiny_cfg):
     assert list(found) == (
         ["p3", "p4"] if loss == "FeatureKnowledge" else list(teacher.output_shape)
     )
+
+
+def test_a_teacher_of_two_distillers_is_whole_again_for_heads(tiny_cfg):
+    cfg = tiny_cfg("rcnn")
+    cfg.MODEL.GLOBALKD.LOSSES = ["FeatureKnowledge"]
+    cfg.MODEL.GLOBALKD.IN_FEATURES = ["p3"]
+    student = build_model(cfg)
+    teacher = student.distiller.teacher
+    assert list(teacher.features(make_batch([1]), "BGR")) == ["p3"]
+    again = Distiller(teacher=teacher, losses=[ResponseKnowledge(weighted=False)])
+    again.attach(student, num_classes=student.roi_heads.num_classes)
+    assert list(teacher.features(make_batch([1]), "BGR")) == list(teacher.output_shape)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -177,8 +177,9 @@ class Distiller(nn.Module):
             num_classes=num_classes,
         )
         losses = self.losses.values()
-        if not any(x.needs_responses or x.needs_predictions or x.needs_dense for x in losses):
-            self.teacher.read_levels([p.teacher for p in self.levels])  # its heads do not run
+        heads = any(x.needs_responses or x.needs_predictions or x.needs_dense for x in losses)
+        read = self.teacher.output_shape if heads else [p.teacher for p in self.levels]
+        self.teacher.read_levels(list(read))
         weighted = self.bank_settings["reliability"] != "none"
         if any(x.needs_prototypes or (x.weighted and weighted) for x in losses):
             self.bank = PrototypeBank(
