@@ -9,9 +9,15 @@ import pytest
 import torch
 from conftest import ROOT
 
+from globalkd.analysis.annotations import Annotations, dataset_annotations
 from globalkd.analysis.curves import draw_curves
 from globalkd.analysis.demo_figures import draw_detections, draw_reliability
-from globalkd.analysis.reliability import ambiguity_auc, dataset_reliability
+from globalkd.analysis.reliability import (
+    ambiguity_auc,
+    dataset_reliability,
+    level_reliability,
+    reliability_report,
+)
 from globalkd.analysis.runs import load_run, read_config, read_metrics
 from globalkd.data import register_datasets
 from globalkd.engine.trainer import DistillTrainer
@@ -75,6 +81,32 @@ def test_every_annotation_gets_a_weight(run):
     for weight in found.reliability.values():
         assert (weight >= 0).all() and (weight <= 1).all()
     assert ((found.ambiguity > 0) == (found.kinds != "none")).all()
+
+
+@pytest.mark.slow
+def test_both_weights_are_measured_with_the_same_prototypes(run):
+    model = load_run(run, distiller=True)
+    dataset = read_config(run).DATASETS.TEST[0]
+    rows = {(row["type"], row["level"]): row for row in reliability_report(model, dataset)}
+    levels = ["p2", "p3", "p4", "p5", "p6", "mean"]
+    assert list(rows) == [(t, level) for t in ("coefficients", "max_cosine") for level in levels]
+
+    annotations = dataset_annotations(model, dataset)
+    ambiguous = annotations.field("ambiguity", 0) > 0
+    weight = level_reliability(model, annotations.features)["p3"]  # the last type's
+    row = rows["max_cosine", "p3"]
+    assert row["auc"] == pytest.approx(ambiguity_auc(weight, ambiguous))
+    assert row["ambiguous"] == pytest.approx(weight[ambiguous].mean())
+    assert rows["coefficients", "p3"]["clean"] != pytest.approx(row["clean"])
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_reliability_needs_a_dataset_that_knows_the_ambiguous_ones(run, monkeypatch):
+    model, dataset = load_run(run, distiller=True), read_config(run).DATASETS.TEST[0]
+    monkeypatch.setattr(Annotations, "field", lambda self, *_: np.full(len(self), np.nan))
+    with pytest.raises(ValueError, match="does not say which annotations are ambiguous"):
+        reliability_report(model, dataset)
 
 
 @pytest.mark.slow

@@ -10,13 +10,14 @@ import inspect
 
 from detectron2.utils.logger import setup_logger
 
-from globalkd.analysis import audit, compare, discrepancy, gallery, noise, report
+from globalkd.analysis import audit, compare, discrepancy, gallery, noise, reliability, report
 
 PARTS = {
     "audit": audit,
     "discrepancy": discrepancy,
     "gallery": gallery,
     "noise": noise,
+    "reliability": reliability,
     "compare": compare,
     "report": report,
 }

@@ -5,11 +5,13 @@ Nothing in those pages is typed by hand: `--check` fails where they differ from 
 """
 
 import argparse
+import csv
 import sys
 from pathlib import Path
+from statistics import mean
 
 from globalkd.experiments.matrix import load_table
-from globalkd.experiments.tables import read_results, render_markdown
+from globalkd.experiments.tables import mean_and_spread, read_results, render_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -18,6 +20,7 @@ README = ROOT / "README.md"
 README_TABLES = ["digits_main"]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 MAX_SEEDS = 10
+RELIABILITY = RESULTS / "reliability.csv"  # of `tools/analyze.py reliability`
 INTRODUCTION = """\
 # Results
 
@@ -42,13 +45,50 @@ from. How strongly each method pulls, and how its weights were chosen:
 
 
 def tables_with_results():
-    """Tables with results of five rows or half of them, restricted to the seeds that were run."""
+    """Tables with results of five rows or half of them, with the seeds that half of these have."""
     for path in sorted((RESULTS / "tables").glob("*.yaml")):
         table = load_table(path, MAX_SEEDS)
         results = read_results(RESULTS / table.data)
-        seeds = [{s for s, run in r.runs.items() if run.name in results} for r in table.rows]
-        if sum(map(bool, seeds)) >= min(5, len(seeds) / 2):
-            yield load_table(path, max(set().union(*seeds))), results
+        done = [_finished_seeds(row, results) for row in table.rows]
+        counts = sorted(filter(None, done), reverse=True)
+        if len(counts) >= min(5, len(done) / 2):
+            seeds = counts[(len(counts) - 1) // 2]
+            yield load_table(path, seeds), results
+
+
+def _finished_seeds(row, results):
+    """How many of a row's first seeds have a result."""
+    found = [run.name in results for run in row.runs.values()]
+    return found.index(False) if False in found else len(found)
+
+
+def render_reliability():
+    """How well reliability tells ambiguous digits, by detector, type and level, over seeds."""
+    with RELIABILITY.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    levels = [*sorted({row["level"] for row in rows} - {"mean"}), "mean"]
+    lines = [
+        "## Does reliability find the ambiguous instances?",
+        "",
+        "AUC with which a low weight of Eq. 8 tells ambiguous from clean digits of the test split "
+        "(0.5 is chance), by `RELIABILITY.TYPE` and level, and for the mean over levels; mean ± "
+        "standard deviation over seeds. Beside it that mean weight of clean and of ambiguous "
+        "digits. Students and prototypes as they are at the end of training.",
+        "",
+        f"| GlobalKD's runs | type | {' | '.join(levels)} | clean | ambiguous |",
+        "|---" * (len(levels) + 4) + "|",
+    ]
+    for name, kind in dict.fromkeys((r["run"].split("-")[1], r["type"]) for r in rows):
+        own = [r for r in rows if r["run"].split("-")[1] == name and r["type"] == kind]
+        auc = [[float(r["auc"]) for r in own if r["level"] == level] for level in levels]
+        last = [r for r in own if r["level"] == "mean"]
+        weights = [f"{mean(float(r[key]) for r in last):.3f}" for key in ("clean", "ambiguous")]
+        cells = [f"`{name}`, {len(last)} seeds", f"`{kind}`", *map(mean_and_spread, auc), *weights]
+        lines.append(f"| {' | '.join(cells)} |")
+    runs = dict.fromkeys(row["run"] for row in rows)
+    folders = " \\\n    ".join(f"output/reproduce/digits/{run}" for run in runs)
+    command = f"python tools/analyze.py reliability --output results \\\n    {folders}"
+    return "\n".join([*lines, "", "```bash", command, "```", ""])
 
 
 def render_page():
@@ -59,6 +99,7 @@ def render_page():
         shown.append(table.name)
         parts.append(render_markdown(table, results).replace("### ", "## ", 1))
         parts.append(f"`make reproduce TABLE={table.name}`\n")
+    parts.append(render_reliability())
     paths = sorted((RESULTS / "tables").glob("*.yaml"))
     rest = [f"* `{p.stem}`: {load_table(p, 1).title}" for p in paths if p.stem not in shown]
     parts.append("## Not run yet, or too little of it to show\n\n" + "\n".join(rest) + "\n")

@@ -1,14 +1,92 @@
-"""Reliability weights of a dataset's annotations, and how well they tell the ambiguous ones."""
+"""How well reliability weights (Eq. 8) tell ambiguous annotations from clean ones.
 
+For each run, each RELIABILITY.TYPE that weighs, each level and the mean over levels: the area under
+the ROC curve with which a low weight finds the ambiguous instances (0.5 is chance), and the mean
+weight of both kinds. Prototypes are made anew with the checkpoint's student. Needs a dataset that
+says how ambiguous its instances are, as digit scenes do. Writes reliability.csv.
+"""
+
+import argparse
 from dataclasses import dataclass
-from typing import Dict
+from pathlib import Path
+from typing import Dict, List
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..prototypes.bank import RELIABILITIES
 from ..structures import PairedFeatures
-from .annotations import dataset_annotations
+from .annotations import dataset_annotations, make_prototypes, training_instances
+from .runs import load_run, read_config
+from .tables import as_text, write_csv
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="run", help="output folders of distilled runs")
+    parser.add_argument("--checkpoint", default="model_final.pth", help="file name in each folder")
+    parser.add_argument("--dataset", default="", help="default: the first of DATASETS.TEST")
+    parser.add_argument("--output", default="", help="folder to write; default: the first run's")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    rows = []
+    for run in args.runs:
+        # With this type the bank prepares what each of them reads.
+        opts = [*args.opts, "MODEL.GLOBALKD.RELIABILITY.TYPE", "coefficients"]
+        model = load_run(run, args.checkpoint, distiller=True, opts=opts)
+        dataset = args.dataset or read_config(run, opts).DATASETS.TEST[0]
+        rows += [{"run": Path(run).name, **row} for row in reliability_report(model, dataset)]
+    folder = Path(args.output or args.runs[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "reliability.csv", rows)
+    print(as_text(rows))
+
+
+def reliability_report(model: nn.Module, dataset: str) -> List[dict]:
+    """Measure every RELIABILITY.TYPE on a dataset's annotations.
+
+    Args:
+        model: a distilling meta-architecture, built with the type "coefficients"; its bank holds
+            other prototypes afterwards.
+        dataset: a registered name.
+
+    Returns:
+        One dict for each type and level, the last level being "mean": "type", "level", "auc", and
+        the mean weights "clean" and "ambiguous".
+
+    Raises:
+        ValueError: the dataset has not both kinds of annotations, or the run no prototypes.
+    """
+    annotations = dataset_annotations(model, dataset)
+    ambiguous = annotations.field("ambiguity", np.nan).astype(float) > 0
+    if ambiguous.all() or not ambiguous.any():
+        raise ValueError(
+            f"The dataset {dataset!r} does not say which annotations are ambiguous: their field "
+            '"ambiguity" must be 0 for some and above 0 for others.'
+        )
+    make_prototypes(model, training_instances(model)[1])
+    rows = []
+    for name, measure in RELIABILITIES.items():
+        if measure.projection is None:
+            continue
+        model.distiller.bank.reliability_type = name
+        weights = level_reliability(model, annotations.features)
+        weights["mean"] = np.mean(list(weights.values()), axis=0)
+        rows += [
+            {
+                "type": name,
+                "level": level,
+                "auc": ambiguity_auc(weight, ambiguous),
+                "clean": float(weight[~ambiguous].mean()),
+                "ambiguous": float(weight[ambiguous].mean()),
+            }
+            for level, weight in weights.items()
+        ]
+    return rows
 
 
 @dataclass

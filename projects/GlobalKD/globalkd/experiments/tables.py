@@ -91,7 +91,7 @@ def render_markdown(table: Table, results: Results) -> str:
     lines += [_line(header), "|---" * len(header) + "|"]
     for record in (r for r in records if r["metrics"] or papers):
         cells = [record["name"]]
-        cells += [_mean_and_spread(record["metrics"].get(column)) for column in columns]
+        cells += [mean_and_spread(record["metrics"].get(column)) for column in columns]
         cells.append(_difference(record["difference"]))
         if papers:
             cells.append("" if record["paper"] is None else f"{record['paper']:g}")
@@ -117,7 +117,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _mean_and_spread(values: Optional[Sequence[float]]) -> str:
+def mean_and_spread(values: Optional[Sequence[float]]) -> str:
+    """A table's cell: mean and, of several, standard deviation; "-" without values."""
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
