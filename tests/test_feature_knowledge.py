@@ -5,6 +5,8 @@ import torch
 from toy_step import attach, leaves, toy_bank, toy_step
 
 from globalkd.losses import FeatureKnowledge
+from globalkd.losses.base import InstanceRows
+from globalkd.losses.feature import box_mask
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -30,3 +32,21 @@ def test_the_background_term_still_sees_every_cell():
     (grad,) = torch.autograd.grad(terms["loss_kd_background"], [context.student_maps["p3"]])
     outside = loss._mask(context, context.levels[0]) == 0
     assert outside.any() and (grad.abs().sum(dim=1)[outside] > 0).all()
+
+
+def test_equal_boxes_give_each_instance_one_weight_in_all():
+    rows = InstanceRows(
+        boxes=torch.tensor([[0.0, 0, 8, 8], [16, 16, 64, 48]]),
+        image_index=torch.tensor([0, 1]),
+        classes=torch.tensor([0, 0]),
+    )
+    mask = box_mask(rows, torch.tensor([1.0, 0.5]), size=(2, 8, 8), stride=8, share=True)
+    torch.testing.assert_close(mask.sum(dim=(1, 2)), torch.tensor([1.0, 0.5]))
+    whole = box_mask(rows, torch.tensor([1.0, 0.5]), size=(2, 8, 8), stride=8)
+    assert ((mask > 0) == (whole > 0)).all() and whole.sum() == 1.0 + 24 * 0.5
+
+    context = toy_step(bank=toy_bank())
+    loss = attach(FeatureKnowledge(), context)
+    by_cells = loss(context)["loss_kd_feature"]
+    loss.equal_boxes = True
+    assert not torch.isclose(loss(context)["loss_kd_feature"], by_cells)

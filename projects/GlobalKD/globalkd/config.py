@@ -191,6 +191,9 @@ def _add_globalkd_loss_keys(node: CN) -> None:
     # A ReLU after the adapter. The paper's text has it, the released two-stage code does not: what
     # comes out of an FPN is signed.
     node.FEATURE.ADAPTER_RELU = False
+    # Each instance has the same weight in all, shared by its cells: for objects of very different
+    # size. The paper and the released code give it to each cell, and large objects count for more.
+    node.FEATURE.EQUAL_BOXES = False
     # Weight each instance's cells by its reliability, Eq. 8.
     node.FEATURE.USE_RELIABILITY = True
 

@@ -13,14 +13,22 @@ from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRo
 CELLS_PER_CHUNK = 1 << 25
 
 
-def box_mask(rows: InstanceRows, weight: Tensor, *, size: Sequence[int], stride: int) -> Tensor:
-    """Paint boxes on the cells that they touch; in several boxes, the largest weight wins.
+def box_mask(
+    rows: InstanceRows,
+    weight: Tensor,
+    *,
+    size: Sequence[int],
+    stride: int,
+    share: bool = False,
+) -> Tensor:
+    """Paint boxes on the cells that they touch; in several boxes, the largest value wins.
 
     Args:
         rows: R boxes in input pixels.
         weight: (R,) non-negative value of each box.
         size: (N, H, W) of the result.
         stride: input pixels per cell.
+        share: a box's weight is shared by its cells; otherwise each of them gets all of it.
 
     Returns:
         (N, H, W) float, without gradient; 0 outside every box.
@@ -31,6 +39,8 @@ def box_mask(rows: InstanceRows, weight: Tensor, *, size: Sequence[int], stride:
     y = torch.arange(size[1], device=boxes.device)
     in_x = (x < boxes[:, 2:3]) & (x + 1 > boxes[:, 0:1])  # (R, W)
     in_y = (y < boxes[:, 3:4]) & (y + 1 > boxes[:, 1:2])  # (R, H)
+    if share:
+        weight = weight / (in_x.sum(dim=1) * in_y.sum(dim=1)).clamp_min(1)
     chunk = max(1, CELLS_PER_CHUNK // (size[1] * size[2]))
     for part in torch.arange(len(rows), device=boxes.device).split(chunk):
         painted = in_y[part, :, None] & in_x[part, None, :]
@@ -81,6 +91,7 @@ class FeatureKnowledge(DistillLoss):
         background_weight: float = 0.0,
         adapter_kernel: int = 1,
         adapter_relu: bool = False,
+        equal_boxes: bool = False,
         weighted: bool = True,
     ):
         """
@@ -89,6 +100,8 @@ class FeatureKnowledge(DistillLoss):
             background_weight: weight of the term outside boxes.
             adapter_kernel: side of the adapter's convolution, odd.
             adapter_relu: a ReLU after the adapter's convolution.
+            equal_boxes: each instance has the same weight in all, shared by its cells; else each of
+                its cells has, and large instances count for more.
             weighted: a cell's weight is the reliability of its instance; else 1.
         """
         weights = {"loss_kd_feature": weight, "loss_kd_background": background_weight}
@@ -99,6 +112,7 @@ class FeatureKnowledge(DistillLoss):
             )
         self.adapter_kernel = adapter_kernel
         self.adapter_relu = adapter_relu
+        self.equal_boxes = equal_boxes
 
     @classmethod
     def from_config(cls, cfg):
@@ -108,6 +122,7 @@ class FeatureKnowledge(DistillLoss):
             "background_weight": node.BACKGROUND_WEIGHT,
             "adapter_kernel": node.ADAPTER_KERNEL,
             "adapter_relu": node.ADAPTER_RELU,
+            "equal_boxes": node.EQUAL_BOXES,
             "weighted": node.USE_RELIABILITY,
         }
 
@@ -153,6 +168,10 @@ class FeatureKnowledge(DistillLoss):
         weight = (
             context.reliability[pair.student] if self.weighted else rows.boxes.new_ones(len(rows))
         )
-        size = (teacher.shape[0], *teacher.shape[-2:])
-        # A weight of 0 must not turn an instance's cells into background.
-        return box_mask(rows, weight.float().clamp_min(1e-6), size=size, stride=pair.stride)
+        return box_mask(
+            rows,
+            weight.float().clamp_min(1e-6),  # 0 would turn an instance's cells into background
+            size=(teacher.shape[0], *teacher.shape[-2:]),
+            stride=pair.stride,
+            share=self.equal_boxes,
+        )

@@ -12,7 +12,7 @@ from . import step as measured
 from .report import CheckReport
 
 #: A term is remarkable above so many times the detection loss, and below so little of its gradient.
-LARGE, SMALL = 100.0, 1e-3
+LARGE, SMALL = 1000.0, 1e-3
 INFERENCE_IMAGES = 8
 
 
