@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs/results.md"
 README = ROOT / "README.md"
-README_TABLES = ["digits_main"]
+README_TABLES = ["digits_main", "digits_main_retinanet", "bccd_main"]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 MAX_SEEDS = 10
 RELIABILITY = RESULTS / "reliability.csv"  # of `tools/analyze.py reliability`
@@ -111,8 +111,9 @@ def render_readme():
     text = README.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    tables = [render_markdown(t, r) for t, r in tables_with_results() if t.name in README_TABLES]
-    return f"{before}{BEGIN}\n{''.join(tables)}{END}{after}"
+    found = {t.name: render_markdown(t, r) for t, r in tables_with_results()}
+    tables = "\n".join(found[name] for name in README_TABLES if name in found)
+    return f"{before}{BEGIN}\n{tables}{END}{after}"
 
 
 def main():
