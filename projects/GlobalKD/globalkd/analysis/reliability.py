@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    folder = Path(args.output or args.runs[0])
     rows = []
     for run in args.runs:
         # With this type the bank prepares what each of them reads.
@@ -40,9 +41,8 @@ def main(args: argparse.Namespace) -> None:
         model = load_run(run, args.checkpoint, distiller=True, opts=opts)
         dataset = args.dataset or read_config(run, opts).DATASETS.TEST[0]
         rows += [{"run": Path(run).name, **row} for row in reliability_report(model, dataset)]
-    folder = Path(args.output or args.runs[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "reliability.csv", rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(folder / "reliability.csv", rows)  # after each: a later run may fail
     print(as_text(rows))
 
 
