@@ -50,7 +50,7 @@ def bccd(folder):
     if not Path(folder, "ImageSets/Main").is_dir():
         raise SystemExit(f"--data {folder}: no VOC folder (ImageSets/Main is not there).")
     classes = ["RBC", "WBC", "Platelets"]
-    datasets = [[f"bccd_{s}", str(folder), s, classes] for s in ("trainval", "test")]
+    datasets = [[f"bccd_{s}", str(folder), s, classes] for s in ("train", "val", "test")]
     return ["DATASETS.VOC", json.dumps(datasets)]
 
 
