@@ -58,11 +58,20 @@ def bccd(folder):
 DATA = {"digits": digit_scenes, "bccd": bccd, "coco": lambda _: [], "voc": lambda _: []}
 
 
+def processor():
+    """The CPU's name: trainings repeat to the digit only on machines of one kind."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(args):
     """What the numbers were made on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "gpu": gpu,
+        "cpu": processor(),
         "cpu_cores": os.cpu_count(),
         "threads": args.threads,
         "jobs": args.jobs,
