@@ -45,13 +45,14 @@ def make_context(counts, *, student=None, teacher=None, channels=(6, 8), **given
     """A context with random maps and random boxes, as many an image as `counts` says."""
     student = student or random_maps(len(counts), channels[0], seed=1)
     teacher = teacher or random_maps(len(counts), channels[1], seed=2)
-    instances = [x["instances"] for x in make_batch(counts, size=SIZE)]
+    batch = make_batch(counts, size=SIZE)
     values = {
         "levels": levels(*channels),
         "student_maps": {k: v.requires_grad_() for k, v in student.items()},
         "teacher_maps": teacher,
         "image_sizes": [(SIZE, SIZE)] * len(counts),
-        "ground_truth": InstanceRows.from_ground_truth(instances),
+        "ground_truth": InstanceRows.from_ground_truth([x["instances"] for x in batch]),
+        "batched_inputs": batch,
         **given,
     }
     names = [f.name for f in fields(DistillContext) if f.default is f.default_factory is MISSING]
@@ -172,13 +173,13 @@ def test_the_target_does_not_collapse_where_only_a_constant_would_help():
 def test_padding_keeps_each_images_rows_in_their_order():
     image_index = torch.tensor([2, 0, 2, 0, 0])
     rows = torch.arange(5.0)[:, None] + 1
-    (padded, flat), mask = to_padded([rows, rows[:, 0]], image_index, 4)
+    (padded, flat), mask = to_padded([rows, rows[:, 0]], image_index, 4, 3)
     assert padded.squeeze(2).tolist() == [[2, 4, 5], [0, 0, 0], [1, 3, 0], [0, 0, 0]]
     assert torch.equal(mask, padded.squeeze(2) > 0) and torch.equal(flat, padded.squeeze(2))
 
 
 def test_padding_of_no_rows_has_no_slots():
-    (padded,), mask = to_padded([torch.zeros(0, 3)], torch.zeros(0, dtype=torch.long), 2)
+    (padded,), mask = to_padded([torch.zeros(0, 3)], torch.zeros(0, dtype=torch.long), 2, 0)
     assert padded.shape == (2, 0, 3) and mask.shape == (2, 0)
 
 
@@ -206,7 +207,7 @@ def test_relations_of_a_padded_batch_equal_loops_over_each_image(hidden):
     relation = BoxRelation(12, embedding_channels=8, filter_channels=hidden)
     images = [torch.randn(n, 12) for n in (3, 1, 5)]
     index = torch.tensor([0] * 3 + [1] + [2] * 5)
-    (boxes,), mask = to_padded([torch.cat(images)], index, 3)
+    (boxes,), mask = to_padded([torch.cat(images)], index, 3, max(map(len, images)))
     ours = relation(boxes, mask)
     for image, own in zip(images, ours):
         n = len(image)

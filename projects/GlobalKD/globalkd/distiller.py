@@ -278,9 +278,8 @@ class Distiller(nn.Module):
         student_maps, teacher_maps = DistillContext.align_maps(
             self.levels, student.features, self.teacher.on_input_grid(teacher_features)
         )
-        device = student.positives.boxes.device
         ground_truth = InstanceRows.from_ground_truth(
-            [x["instances"].to(device) for x in batched_inputs]
+            [x["instances"] for x in batched_inputs], student.positives.boxes.device
         )
         return DistillContext(
             levels=self.levels,
@@ -313,7 +312,7 @@ class Distiller(nn.Module):
             (x.get("width", width) / width, x.get("height", height) / height)
             for x, (height, width) in zip(context.batched_inputs, context.image_sizes)
         ]
-        scale = rows.boxes.new_tensor(scale)[rows.image_index]
+        scale = torch.tensor(scale).to(rows.boxes.device, non_blocking=True)[rows.image_index]
         self.reservoir.add(
             instances.teacher_instance_features,
             instances.student_instance_features,

@@ -106,10 +106,8 @@ def crop_to_common(student: Tensor, teacher: Tensor) -> "tuple[Tensor, Tensor]":
 
 def to_rois(boxes: Sequence[Tensor]) -> Tensor:
     """Stack per-image (R_i, 4) boxes as (R, 5) float rows: image index, x1, y1, x2, y2."""
-    counts = [len(b) for b in boxes]
-    image_index = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts))
-    stacked = torch.cat(list(boxes))
-    return torch.cat([image_index[:, None].to(stacked), stacked], dim=1)
+    image_index = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
+    return torch.cat([torch.cat(image_index), torch.cat(list(boxes))], dim=1)
 
 
 class InstancePooler(nn.Module):

@@ -41,7 +41,8 @@ class ProposalCandidates(Candidates):
         if rows is not None:
             boxes, image = boxes[rows], image[rows]
         sizes = context.image_sizes
-        counts = torch.bincount(image, minlength=len(sizes)).tolist()
+        images = torch.arange(len(sizes), device=image.device)
+        counts = (image == images[:, None]).sum(dim=1).tolist()  # bincount would wait twice
         boxes = list(boxes.split(counts))
         return context.teacher.box_logits(context.teacher_features, boxes, sizes)
 

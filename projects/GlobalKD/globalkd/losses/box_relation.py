@@ -18,7 +18,7 @@ from .pixel_relation import AnchoredSum
 
 
 def to_padded(
-    rows: Sequence[Tensor], image_index: Tensor, num_images: int
+    rows: Sequence[Tensor], image_index: Tensor, num_images: int, num_slots: int
 ) -> Tuple[List[Tensor], Tensor]:
     """Put flat rows into one slot an image, filled up with zeros.
 
@@ -26,15 +26,16 @@ def to_padded(
         rows: tensors (R, ...) of the same rows; images in any order, an image's rows keep theirs.
         image_index: (R,) int64 in [0, num_images).
         num_images: N.
+        num_slots: n, at least the rows of the fullest image. Given, since to count them here a
+            GPU would have to be waited for.
 
     Returns:
-        (N, n, ...) of each tensor, with gradient, and (N, n) bool, true where a row is; n is 0
-        without rows. One transfer from the device.
+        (N, n, ...) of each tensor, with gradient, and (N, n) bool, true where a row is.
     """
     same = image_index[:, None] == torch.arange(num_images, device=image_index.device)  # (R, N)
     counts = same.sum(dim=0)
     slot = (same.cumsum(dim=0) * same).sum(dim=1) - 1
-    mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    mask = torch.arange(num_slots, device=counts.device) < counts[:, None]
     padded = [
         x.new_zeros((*mask.shape, *x.shape[1:])).index_put((image_index, slot), x) for x in rows
     ]

@@ -83,9 +83,11 @@ def make_queries(
     reals = [len(x["instances"]) for x in context.batched_inputs]
     totals = [max(n, min(int(n * (1 + negative_ratio)), max_queries), 1) for n in reals]
     slots = torch.arange(max(totals), device=device)
-    real = slots < torch.tensor(reals, device=device)[:, None]
-    used = slots < torch.tensor(totals, device=device)[:, None]
-    sizes = torch.tensor([(w, h) for h, w in context.image_sizes], device=device).float()
+    reals, totals, sizes = (
+        torch.tensor(x).to(device, non_blocking=True)
+        for x in (reals, totals, [(float(w), float(h)) for h, w in context.image_sizes])
+    )
+    real, used = slots < reals[:, None], slots < totals[:, None]
     shares = objects.boxes.float() / sizes[objects.image_index].repeat(1, 2)
     boxes = _random_boxes(real.shape, device).masked_scatter(real[..., None], shares)
     classes = torch.randint(num_classes, real.shape, device=device)
@@ -140,7 +142,8 @@ def cell_centres(context: DistillContext) -> Tuple[Tensor, Tensor]:
         (N, S, 2) x and y as a share of the image, and (N, S) bool: cells in the padding.
     """
     device = context.ground_truth.boxes.device
-    sizes = torch.tensor([(w, h) for h, w in context.image_sizes], device=device)[:, None]
+    sizes = torch.tensor([(w, h) for h, w in context.image_sizes])[:, None]
+    sizes = sizes.to(device, non_blocking=True)
     corners, halves = [], []
     for pair in context.levels:
         height, width = context.teacher_maps[pair.student].shape[-2:]

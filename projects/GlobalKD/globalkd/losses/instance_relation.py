@@ -149,13 +149,14 @@ class InstanceRelation(DistillLoss):
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         rows, num_images = context.ground_truth, len(context.image_sizes)
+        most = max(len(x["instances"]) for x in context.batched_inputs)
         terms = []
         for pair in context.levels[: self.num_levels]:
             weight = ground_truth_weight(context, pair.student, self.weighted)
             with torch.autocast(weight.device.type, enabled=False):
                 grids = ground_truth_grids(context, pair, self.sizes["resolution"])
                 (student, teacher, weight), mask = to_padded(
-                    [*grids, weight], rows.image_index, num_images
+                    [*grids, weight], rows.image_index, num_images, most
                 )
                 errors = self.matches[pair.student](student, teacher, mask)
                 terms.append((errors * weight).sum() / max(len(rows), 1))

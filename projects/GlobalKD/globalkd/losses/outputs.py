@@ -40,9 +40,13 @@ class InstanceRows:
         return len(self.boxes)
 
     @staticmethod
-    def from_ground_truth(gt_instances: Sequence[Instances]) -> "InstanceRows":
+    def from_ground_truth(
+        gt_instances: Sequence[Instances], device: Optional[torch.device] = None
+    ) -> "InstanceRows":
+        """The annotations of a batch, moved to a device without waiting for it."""
         rois = to_rois([x.gt_boxes.tensor for x in gt_instances])
         classes = torch.cat([x.gt_classes for x in gt_instances])
+        rois, classes = (x.to(device, non_blocking=True) for x in (rois, classes))
         return InstanceRows(rois[:, 1:], rois[:, 0].long(), classes)
 
     @property

@@ -1,0 +1,145 @@
+"""What a GPU would see of a step, on a machine without one.
+
+PyTorch's fake tensors have a device, and compute nothing: an operation on tensors of two devices
+fails, and so does one whose result's size or value the host would have to wait for.
+"""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_batch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from test_comparison_losses import LOSSES
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from toy_step import attach, toy_bank, toy_step
+
+from globalkd.data import register_datasets
+from globalkd.losses import (
+    FeatureKnowledge,
+    GlobalKnowledge,
+    InstanceFeature,
+    InstanceRelation,
+    PixelRelation,
+    ResponseKnowledge,
+)
+
+WAITS = (DataDependentOutputException, DynamicOutputShapeException)
+OURS = {
+    "global": lambda: GlobalKnowledge(),
+    "global_all": lambda: GlobalKnowledge(scope="all"),
+    "feature": lambda: FeatureKnowledge(),
+    "feature_background": lambda: FeatureKnowledge(background_weight=1.0),
+    "response": lambda: ResponseKnowledge(),
+    "pixel_relation": lambda: PixelRelation(),
+    "instance_relation": lambda: InstanceRelation(),
+    "instance_feature": lambda: InstanceFeature(),
+}
+EVERYWHERE = {**OURS, **{name: make for name, (make, two_stage) in LOSSES.items() if two_stage}}
+ONE_STAGE = {name: make for name, (make, two_stage) in LOSSES.items() if not two_stage}
+CASES = [(n, m, True) for n, m in {**EVERYWHERE, **ONE_STAGE}.items()]
+CASES += [(n, m, False) for n, m in EVERYWHERE.items()]
+
+
+def moved(value, device, seen=None):
+    """A copy with fake tensors of a device in place of all tensors, however deep they are."""
+    seen = {} if seen is None else seen
+    if id(value) not in seen:
+        seen[id(value)] = _moved(value, device, seen), value  # kept: ids of the dead come again
+    return seen[id(value)][0]
+
+
+def _moved(value, device, seen):
+    if isinstance(value, torch.Tensor):
+        fake = torch.empty(value.shape, dtype=value.dtype, device=device)
+        return fake.requires_grad_(value.requires_grad)
+    if isinstance(value, nn.Module):
+        for module in value.modules():
+            for name, x in [*module._parameters.items(), *module._buffers.items()]:
+                if x is not None and not isinstance(x, nn.Parameter):
+                    module._buffers[name] = moved(x, device, seen)
+                elif x is not None:
+                    fake = torch.empty(x.shape, dtype=x.dtype, device=device)
+                    module._parameters[name] = nn.Parameter(fake, requires_grad=x.requires_grad)
+        return value
+    if dataclasses.is_dataclass(value):
+        new = copy.copy(value)
+        for name, x in vars(value).items():  # what was computed and cached, too
+            vars(new)[name] = moved(x, device, seen)
+        return new
+    if isinstance(value, dict):
+        return {k: moved(x, device, seen) for k, x in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(moved(x, device, seen) for x in value)
+    if isinstance(value, Boxes):
+        return Boxes(moved(value.tensor, device, seen))
+    if isinstance(value, Instances):
+        return Instances(
+            value.image_size, **{k: moved(x, device, seen) for k, x in value.get_fields().items()}
+        )
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "one_stage"),
+    CASES,
+    ids=[f"{n}-{'retinanet' if one else 'rcnn'}" for n, _, one in CASES],
+)
+def test_a_loss_stays_on_the_gpu_and_does_not_wait_for_it(name, make, one_stage):
+    if name == "gid":
+        pytest.skip("how many instances it finds, only its non-maximum suppression can tell")
+    context = toy_step(one_stage=one_stage, bank=toy_bank())
+    loss = attach(make(), context)
+    with FakeTensorMode():
+        terms = moved(loss, "cuda")(moved(context, "cuda"))
+    for term in terms.values():
+        assert term.device.type == "cuda" and term.shape == () and term.requires_grad
+
+
+def test_the_simulation_notices_a_mixture_of_devices_and_a_wait():
+    with FakeTensorMode():
+        x = torch.ones(3, device="cuda")
+        with pytest.raises(RuntimeError, match="cpu"):
+            x + torch.ones(3)
+        for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero()):
+            with pytest.raises(WAITS):
+                wait()
+
+
+@pytest.mark.parametrize("kind", ["rcnn", "retinanet"])
+def test_a_whole_distillation_step_stays_on_the_gpu(tiny_cfg, kind):
+    """GlobalKD and DRKD, the teacher's pass among them, from what a student's own step left."""
+    drkd = ["PixelRelation", "InstanceRelation", "InstanceFeature"]
+    globalkd = ["GlobalKnowledge", "FeatureKnowledge"]
+    # A teacher's box head sorts its boxes by level: there Detectron2 itself waits.
+    responses = ["ResponseKnowledge"] if kind == "retinanet" else []
+    cfg = tiny_cfg(kind, "MODEL.GLOBALKD.LOSSES", [*globalkd, *responses, *drkd])
+    register_datasets(cfg)
+    model = build_model(cfg).train()
+    taken = {}
+    model.distiller.forward = lambda *args: taken.update(args=args) or {}
+    batch = make_batch([4, 2])
+    with EventStorage():
+        model(batch)
+    distiller = model.distiller
+    del distiller.forward
+    images = distiller.teacher.model.preprocess_image(batch)  # asks tensors of the host for values
+    seen = {}
+    with EventStorage(), FakeTensorMode():
+        moved(distiller.teacher.model, "cuda", seen)
+        images.tensor = moved(images.tensor, "cuda")
+        distiller.teacher.model.preprocess_image = lambda _: images
+        batch, outputs, losses = taken["args"]
+        terms = moved(distiller, "cuda", seen)(
+            moved(batch, "cpu"), moved(outputs, "cuda", seen), moved(losses, "cuda", seen)
+        )
+    assert len(terms) == len(globalkd) + len(responses) + len(drkd)
+    assert all(x.device.type == "cuda" and x.requires_grad for x in terms.values())
