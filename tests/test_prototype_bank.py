@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from globalkd.prototypes.bank import PrototypeBank
+from globalkd.prototypes.projection import products_by_class, products_by_row
 from globalkd.structures import PrototypeSet
 
 WIDTHS = {"p2": (7, 5), "p3": (6, 6)}
@@ -550,3 +551,17 @@ class TestFile:
 def test_a_wrong_setting_is_named_by_its_key(changes, message):
     with pytest.raises(ValueError, match=rf"MODEL\.GLOBALKD\.{message}"):
         make_bank(**changes)
+
+
+@pytest.mark.parametrize("classes", [[], [3], [0, 4, 0, 2, 2]])
+def test_products_by_class_and_by_row_are_the_same(classes):
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.randn(5, 3, 4, generator=generator)
+    classes = torch.tensor(classes, dtype=torch.long)
+    vectors = [torch.randn(len(classes), 4, generator=generator.manual_seed(1)) for _ in range(2)]
+    results = []
+    for x, products in zip(vectors, (products_by_row, products_by_class)):
+        results.append(products(x.requires_grad_(), atoms, classes))
+        results[-1].square().sum().backward()
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(vectors[0].grad, vectors[1].grad)
