@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import detectron2
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from globalkd.data import make_digit_scenes
 from globalkd.experiments.matrix import load_table
+from globalkd.experiments.scheduling import execute_in_order
 from globalkd.experiments.tables import read_results, render_csv, render_markdown
 from globalkd.experiments.training import summarize, train, training_command
 
@@ -99,10 +100,29 @@ def relative_to_root(path):
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def execute(run, args, data_opts, position):
+@dataclass(frozen=True)
+class Place:
+    """Where the trainings of some tables lie, and what they have in common."""
+
+    output: Path
+    results: Path
+    data_opts: tuple
+
+    @classmethod
+    def of(cls, table, args):
+        place = cls(args.output / table.results, args.results / table.results, ())
+        place.results.mkdir(parents=True, exist_ok=True)
+        opts = DATA[table.data](args.data or place.output / "data")
+        return replace(place, data_opts=tuple(opts))
+
+    def result_file(self, run):
+        return self.results / f"{run.name}.json"
+
+
+def execute(run, place, args, position):
     """Train one run, then write its result file."""
-    opts = [*data_opts, *run.options(args.output)]
-    folder = args.output / run.name
+    opts = [*place.data_opts, *run.options(place.output)]
+    folder = place.output / run.name
     train(
         ROOT,
         folder,
@@ -112,8 +132,7 @@ def execute(run, args, data_opts, position):
         num_gpus=args.num_gpus,
         position=position,
     )
-    path = args.results / f"{run.name}.json"
-    if path.exists():
+    if place.result_file(run).exists():
         return
     command = training_command(run.config, opts, folder, args.num_gpus)
     result = {
@@ -130,33 +149,31 @@ def execute(run, args, data_opts, position):
     }
     if args.jobs > 1:  # trainings side by side slow each other down
         del result["metrics"]["seconds_per_step"]
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    place.result_file(run).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def execute_all(runs, args, data_opts):
-    """Run everything, `--jobs` at a time; those that others need first. Returns the failures."""
-    failures = {}
-    left = [run for run in runs if not (args.results / f"{run.name}.json").exists()]
-    wanted = set(left)
+def unfinished(table, place):
+    """The runs of a table that have no result, and those that they need."""
+    wanted = {run for run in table.runs() if not place.result_file(run).exists()}
     while more := {needed for run in wanted for needed in run.needs} - wanted:
         wanted |= more
-    runs = [run for run in runs if run in wanted]
-    depths = sorted({run.depth for run in runs})
-    stages = [[run for run in runs if run.depth == depth] for depth in depths]
-    with tqdm(total=len(runs), desc="runs", unit="run", disable=None) as bar:
+    return [(run, place) for run in table.runs() if run in wanted]
 
-        def attempt(item):
-            index, run = item
-            try:
-                execute(run, args, data_opts, 1 + index % args.jobs)
-            except (RuntimeError, ValueError) as error:
-                failures[run.name] = error
+
+def execute_all(tables, places, args):
+    """Run the tables, `--jobs` trainings at a time. Returns the failures by name."""
+    tasks = [task for table in tables for task in unfinished(table, places[table.name])]
+    tasks = list(dict.fromkeys(tasks))  # one run of several tables runs once
+    with tqdm(total=len(tasks), desc="runs", unit="run", disable=None) as bar:
+
+        def attempt(task, lane):
+            execute(*task, args, 1 + lane)
             bar.update()
 
-        for stage in stages:
-            with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(attempt, enumerate(stage)))
-    return failures
+        failures = execute_in_order(
+            tasks, lambda task: [(run, task[1]) for run in task[0].needs], attempt, args.jobs
+        )
+    return {run.name: error for (run, _), error in failures.items()}
 
 
 def main():
@@ -173,22 +190,19 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "output/reproduce")
     parser.add_argument("--results", type=Path, help="result files (default: OUTPUT/results)")
     args = parser.parse_args()
-    output = relative_to_root(args.output)
-    results = args.results.resolve() if args.results else output / "results"
-    data = args.data and args.data.resolve()
+    args.output = relative_to_root(args.output)
+    args.results = args.results.resolve() if args.results else args.output / "results"
+    args.data = args.data and args.data.resolve()
     os.chdir(ROOT)  # where train_net.py and its relative paths are seen from
-    failures = {}
-    for name in args.tables:
-        table = load_table(TABLES / f"{name}.yaml", args.seeds)
-        args.output = output / table.data
-        args.results = results / table.data
-        args.results.mkdir(parents=True, exist_ok=True)
-        data_opts = DATA[table.data](data or args.output / "data")
-        failures.update(execute_all(table.runs(), args, data_opts))
-        found = read_results(args.results)
+    tables = [load_table(TABLES / f"{name}.yaml", args.seeds) for name in args.tables]
+    places = {table.name: Place.of(table, args) for table in tables}
+    failures = execute_all(tables, places, args)
+    for table in tables:
+        place = places[table.name]
+        found = read_results(place.results)
         for suffix, render in ((".md", render_markdown), (".csv", render_csv)):
-            (args.output / f"{name}{suffix}").write_text(render(table, found))
-        print(f"\n{render_markdown(table, found)}\nAlso in {args.output / name}.md and .csv")
+            (place.output / f"{table.name}{suffix}").write_text(render(table, found))
+        print(f"\n{render_markdown(table, found)}\nAlso in {place.output / table.name}.md and .csv")
     for name, error in failures.items():
         print(f"\nFAILED {name}: {error}", file=sys.stderr)
     sys.exit(bool(failures))

@@ -48,7 +48,7 @@ def tables_with_results():
     """Tables with results of five rows or half of them, with the seeds that half of these have."""
     for path in sorted((RESULTS / "tables").glob("*.yaml")):
         table = load_table(path, MAX_SEEDS)
-        results = read_results(RESULTS / table.data)
+        results = read_results(RESULTS / table.results)
         done = [_finished_seeds(row, results) for row in table.rows]
         counts = sorted(filter(None, done), reverse=True)
         if len(counts) >= min(5, len(done) / 2):

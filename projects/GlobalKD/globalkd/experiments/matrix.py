@@ -7,13 +7,14 @@ where they begin with another training's weights. The same run of two tables is 
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 
-TABLE_KEYS = {"title", "note", "data", "teacher", "start", "baseline", "metric", "paper", "rows"}
+TABLE_KEYS = {"title", "note", "data", "results", "teacher", "start", "baseline", "metric"}
+TABLE_KEYS |= {"paper", "rows"}
 ROW_KEYS = {"name", "config", "opts", "teacher", "start", "paper"}
 
 
@@ -81,6 +82,9 @@ class Table:
         title, note: for the reader.
         data: name of the data set, see `DATA` of tools/reproduce.py.
         rows: in the order of the table.
+        results: folder of its trainings and of its result files; tables in one folder share their
+            runs. By default the name of `data`; another one for what another machine ran, with
+            another teacher.
         baseline: name of the row that the others are compared with, seed by seed.
         metric: the metric of that comparison.
         paper: what the rows' paper values are, for example "AP50, VOC 07+12".
@@ -93,7 +97,11 @@ class Table:
     metric: str = "AP"
     paper: str = ""
     note: str = ""
-    name: str = field(default="")
+    results: str = ""
+    name: str = ""
+
+    def __post_init__(self):
+        self.results = self.results or self.data
 
     def runs(self) -> List[Run]:
         """Every training, those that others need first; each once."""
