@@ -137,7 +137,7 @@ def test_a_whole_distillation_step_stays_on_the_gpu(tiny_cfg, kind):
         moved(distiller.teacher.model, "cuda", seen)
         images.tensor = moved(images.tensor, "cuda")
         distiller.teacher.model.preprocess_image = lambda _: images
-        batch, outputs, losses = taken["args"]
+        batch, outputs, losses, _ = taken["args"]
         terms = moved(distiller, "cuda", seen)(
             moved(batch, "cpu"), moved(outputs, "cuda", seen), moved(losses, "cuda", seen)
         )

@@ -15,6 +15,7 @@ LEVELS = {
     "safe_loading": 0,
     "schedule": 0,
     "sparse_convolution": 0,
+    "sparse_roi_align": 0,
     "structures": 0,
     "visualization": 0,
     "config_reading": 1,

@@ -26,6 +26,7 @@ def teacher_of(opts=(), config=QUICK):
 
 @pytest.fixture(scope="module")
 def rcnn():
+    torch.manual_seed(0)  # one random detector in thirty or so loses more in bf16 than others
     return teacher_of()
 
 

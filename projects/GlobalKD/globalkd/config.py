@@ -114,6 +114,10 @@ def _add_teacher_keys(node: CN) -> None:
     # Factor on the sides of the images that the teacher sees in training. Below 1 it is faster; its
     # maps are then brought to the student's grid. Losses that compare anchors need 1.
     node.TEACHER.INPUT_SCALE = 1.0
+    # True runs the teacher's backbone on a CUDA stream of its own, beside the student's forward.
+    # The same maps; on a CPU nothing changes. It has not been timed on a GPU yet: compare with
+    # benchmarks/step_time.py before you rely on it.
+    node.TEACHER.SIDE_STREAM = False
 
 
 def _add_prototype_keys(node: CN) -> None:

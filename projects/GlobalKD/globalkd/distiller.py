@@ -5,7 +5,7 @@ weights. It does not know how any loss works, nor which meta-architecture it ser
 """
 
 import logging
-from typing import Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.config import configurable
@@ -125,6 +125,7 @@ class Distiller(nn.Module):
             precision=node.TEACHER.PRECISION,
             compile=node.TEACHER.COMPILE,
             input_scale=node.TEACHER.INPUT_SCALE,
+            side_stream=node.TEACHER.SIDE_STREAM,
         )
         return {
             "teacher": teacher,
@@ -239,11 +240,20 @@ class Distiller(nn.Module):
             num_images=num_images,
         )
 
+    def begin(self, batched_inputs: List[dict]) -> Callable[[], Dict[str, Tensor]]:
+        """Begin a step, before the student's forward: its pass of the teacher; see `Teacher.begin`.
+
+        Returns:
+            What `forward` takes as `teacher_pass`.
+        """
+        return self.teacher.begin(batched_inputs, self.input_format)
+
     def forward(
         self,
         batched_inputs: List[dict],
         student: StudentOutputs,
         detection_losses: Dict[str, Tensor],
+        teacher_pass: Optional[Callable[[], Dict[str, Tensor]]] = None,
     ) -> Dict[str, Tensor]:
         """Weighted distillation terms of one step.
 
@@ -251,6 +261,7 @@ class Distiller(nn.Module):
             batched_inputs: the student's input, with "instances".
             student: what its forward pass of this step left.
             detection_losses: the plain losses, for the logged ratios only.
+            teacher_pass: what `begin` returned for this batch; None begins it now.
 
         Returns:
             term name -> scalar, to be added to the student's losses.
@@ -258,7 +269,8 @@ class Distiller(nn.Module):
         iteration = get_event_storage().iter
         factor = self.factor(iteration)
         student = self.non_finite.watch_student(student)
-        context = self._context(batched_inputs, student, iteration)
+        teacher_features = (teacher_pass or self.begin(batched_inputs))()
+        context = self._context(batched_inputs, student, teacher_features, iteration)
         terms: Dict[str, Tensor] = {}
         for loss in self.losses.values():
             for name, term in loss(context).items():
@@ -273,8 +285,9 @@ class Distiller(nn.Module):
             put_reliability(get_event_storage(), context, self.input_format)
         return terms
 
-    def _context(self, batched_inputs, student: StudentOutputs, iteration) -> DistillContext:
-        teacher_features = self.teacher.features(batched_inputs, self.input_format)
+    def _context(
+        self, batched_inputs, student: StudentOutputs, teacher_features, iteration
+    ) -> DistillContext:
         student_maps, teacher_maps = DistillContext.align_maps(
             self.levels, student.features, self.teacher.on_input_grid(teacher_features)
         )

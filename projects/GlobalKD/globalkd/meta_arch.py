@@ -97,11 +97,12 @@ class DistillMixin:
         self.distiller.prepare(self, iteration)
         if self.distiller.factor(iteration) == 0:
             return {**super().forward(batched_inputs), **self.distiller.zero_terms()}
+        teacher_pass = self.distiller.begin(batched_inputs)
         with record_outputs(self._recorded_modules()) as recorded:
             self._recorded = recorded
             losses = super().forward(batched_inputs)
             self._recorded = None
-        losses.update(self.distiller(batched_inputs, self._outputs(recorded), losses))
+        losses.update(self.distiller(batched_inputs, self._outputs(recorded), losses, teacher_pass))
         return losses
 
     def _recorded_modules(self) -> Dict[str, nn.Module]:

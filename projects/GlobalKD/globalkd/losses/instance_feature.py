@@ -12,9 +12,9 @@ from typing import Dict, Sequence, Tuple
 import torch
 from detectron2.config import configurable
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from ..features import LevelPair
+from ..sparse_roi_align import roi_align
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import build_adapters
 

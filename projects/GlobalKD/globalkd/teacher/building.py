@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..config_reading import load_config
 from ..safe_loading import SafeCheckpointer
+from ..sparse_roi_align import TeacherROIAlign
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def build_teacher(
     """Build a teacher from a Detectron2 config and load its weights through the gate.
 
     The batch norms of its backbone are folded into its convolutions; on a CPU, the weights of all
-    its convolutions have the channels_last layout.
+    its convolutions have the channels_last layout and its boxes are pooled by `sparse_roi_align`.
 
     Args:
         config_file: a YAML file, or a model-zoo name.
@@ -61,6 +62,7 @@ def build_teacher(
         model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights, allow_pickle=allow_pickle
     )
     fold_norms(model.backbone)
+    TeacherROIAlign.replace_in(model)
     if model.device.type == "cpu":
         model.to(memory_format=torch.channels_last)
     return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)

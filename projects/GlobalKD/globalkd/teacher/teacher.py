@@ -5,7 +5,8 @@ how it is built and loaded (`teacher/building.py`), what is learned from it (`lo
 """
 
 from contextlib import nullcontext
-from typing import Callable, Collection, Dict, List, Sequence
+from functools import partial
+from typing import Callable, Collection, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..dense_head import DenseOutputs, find_dense_head
 from ..sparse_convolution import anchor_logits, has_local_classes
 from .cutting import cut_backbone
+from .side_stream import SideStream
 
 #: MODEL.GLOBALKD.TEACHER.PRECISION; None leaves the teacher in what surrounds it.
 PRECISIONS = {
@@ -44,6 +46,7 @@ class Teacher:
         precision: str = "student",
         compile: bool = False,
         input_scale: float = 1.0,
+        side_stream: bool = False,
     ):
         """
         Args:
@@ -54,6 +57,7 @@ class Teacher:
                 autocast, and what it returns is float32.
             compile: run the backbone through `torch.compile`.
             input_scale: factor on the sides of the images that the backbone sees.
+            side_stream: on a GPU, `begin` runs the backbone on a stream of its own.
 
         Raises:
             ValueError: a setting that is not among these.
@@ -66,6 +70,8 @@ class Teacher:
         self.precision = precision
         self.input_scale = input_scale
         self._compile = compile
+        self._wants_side_stream = side_stream
+        self._side_stream: Optional[SideStream] = None
         self.read_levels(list(model.backbone.output_shape()))
 
     @property
@@ -94,6 +100,22 @@ class Teacher:
         backbone = cut_backbone(self.model.backbone, levels)
         self._levels = tuple(levels)
         self._backbone = torch.compile(backbone) if self._compile else backbone
+
+    def begin(self, batched_inputs: List[dict], input_format: str) -> Callable[[], Dict]:
+        """Begin `features` as early as it can run.
+
+        Returns:
+            A function that gives what `features` does. With a side stream on a GPU the pass has
+            been launched by then, beside whatever the present stream does meanwhile; otherwise it
+            runs when the function is called. Call it once.
+        """
+        run = partial(self.features, batched_inputs, input_format)
+        device = self.model.device
+        if not self._wants_side_stream or device.type != "cuda":
+            return run
+        if self._side_stream is None or self._side_stream.device != device:
+            self._side_stream = SideStream(device)
+        return self._side_stream.begin(run)
 
     @torch.no_grad()
     def features(self, batched_inputs: List[dict], input_format: str) -> Dict[str, Tensor]:
