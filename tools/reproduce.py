@@ -123,6 +123,7 @@ def execute(run, place, args, position):
     """Train one run, then write its result file."""
     opts = [*place.data_opts, *run.options(place.output)]
     folder = place.output / run.name
+    made_with = commit()  # now: the tree may be another one when the training is done
     train(
         ROOT,
         folder,
@@ -142,7 +143,7 @@ def execute(run, place, args, position):
         "teacher": run.teacher.name if run.teacher else None,
         "start": run.start.name if run.start else None,
         "command": shlex.join(["python", *command]),
-        "commit": commit(),
+        "commit": made_with,
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(args),
         "metrics": summarize(folder),

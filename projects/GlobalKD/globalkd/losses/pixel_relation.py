@@ -33,8 +33,9 @@ def reason_globally(
 ) -> Tensor:
     """Project cells onto nodes, reason there, project back: V = X B', Z = ((I - A) V) W, Z B.
 
-    The two 1x1 convolutions around it are applied to the M nodes and not to the cells: both are
-    linear, so that the result is the same at a fraction of the memory.
+    The two 1x1 convolutions around it and W are linear and follow each other: they are multiplied
+    into one (D, D) matrix that is applied to the M nodes. The result is the same; cells of S
+    channels never exist, and what the three cost does not grow with images or nodes.
 
     Note: V is divided by the number of cells. As a sum, nodes would grow with the image and the
     output with them; as a mean, an image and the same image tiled have the same nodes.
@@ -50,9 +51,9 @@ def reason_globally(
     Returns:
         (N, H W, D) what is to be added to the cells.
     """
-    nodes = assignment.mT @ cells / cells.shape[1] @ reduce.T
-    nodes = (nodes - adjacency @ nodes) @ update.T
-    return assignment @ (nodes @ expand.T)
+    nodes = assignment.mT @ cells / cells.shape[1]
+    nodes = nodes - adjacency @ nodes
+    return assignment @ (nodes @ (expand @ update @ reduce).T)
 
 
 def anchored_sum(
