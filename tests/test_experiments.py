@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from globalkd.experiments.matrix import Run, load_table
-from globalkd.experiments.tables import paired_difference, render_csv, render_markdown
+from globalkd.experiments.matrix import Run, config_digest, load_table
+from globalkd.experiments.tables import (
+    paired_difference,
+    render_csv,
+    render_markdown,
+    render_summary,
+)
 from globalkd.experiments.training import TrainingFailed, is_finished, summarize, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,3 +248,33 @@ def test_a_result_file_is_complete(path):
     assert {"config", "seed", "command", "commit", "machine", "metrics"} <= set(result)
     assert str(ROOT) not in path.read_text() and "/tmp/" not in path.read_text()
     assert "+changes" not in result["commit"]
+
+
+def test_a_result_of_a_changed_configuration_is_said_to_be(table, tmp_path):
+    (tmp_path / "configs").mkdir()
+    base, config = tmp_path / "configs/base.yaml", tmp_path / "configs/d.yaml"
+    base.write_text("SOLVER:\n  BASE_LR: 0.1\nOUTPUT_DIR: here\n")
+    config.write_text("_BASE_: base.yaml\nSEED: 3\n")
+    results = results_of(table, {"plain": [1, 2, 3], "ours": [4, 5, 6]})
+    results[table.rows[2].runs[2].name]["config_digest"] = config_digest(config)
+    said = "Of an earlier version of their configuration: ours."
+
+    def render():
+        return render_markdown(table, results, tmp_path)
+
+    assert said not in render()
+    base.write_text("# a comment\nOUTPUT_DIR: there\nSOLVER: {BASE_LR: 0.1}\n")
+    assert said not in render()
+    base.write_text("SOLVER:\n  BASE_LR: 0.2\n")
+    assert said in render()
+    assert said not in render_markdown(table, results)
+
+
+def test_a_summary_has_one_line_a_table(table):
+    results = results_of(table, {"teacher": [50], "plain": [30, 31, 32], "ours": [35, 37, 39]})
+    text = render_summary({"Small": (table, results)}, ["teacher", "other", "plain", "ours"])
+    assert text.splitlines() == [
+        "| AP | teacher | other | plain | ours | ours - plain |",
+        "|---|---|---|---|---|---|",
+        "| Small | 50.00 | - | 31.00 ± 1.00 | 37.00 ± 2.00 | +6.00 ± 2.48 |",
+    ]

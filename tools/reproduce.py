@@ -26,7 +26,7 @@ import torchvision
 from tqdm import tqdm
 
 from globalkd.data import make_digit_scenes
-from globalkd.experiments.matrix import load_table
+from globalkd.experiments.matrix import config_digest, load_table
 from globalkd.experiments.scheduling import execute_in_order
 from globalkd.experiments.tables import read_results, render_csv, render_markdown
 from globalkd.experiments.training import summarize, train, training_command
@@ -111,7 +111,8 @@ class Place:
     @classmethod
     def of(cls, table, args):
         place = cls(args.output / table.results, args.results / table.results, ())
-        place.results.mkdir(parents=True, exist_ok=True)
+        for folder in (place.output, place.results):
+            folder.mkdir(parents=True, exist_ok=True)
         opts = DATA[table.data](args.data or place.output / "data")
         return replace(place, data_opts=tuple(opts))
 
@@ -123,7 +124,8 @@ def execute(run, place, args, position):
     """Train one run, then write its result file."""
     opts = [*place.data_opts, *run.options(place.output)]
     folder = place.output / run.name
-    made_with = commit()  # now: the tree may be another one when the training is done
+    # Now: the tree may be another one when the training is done.
+    made_with = {"config_digest": config_digest(Path(run.config)), "commit": commit()}
     train(
         ROOT,
         folder,
@@ -138,12 +140,13 @@ def execute(run, place, args, position):
     command = training_command(run.config, opts, folder, args.num_gpus)
     result = {
         "config": run.config,
+        "config_digest": made_with["config_digest"],
         "seed": run.seed,
         "opts": list(run.opts),
         "teacher": run.teacher.name if run.teacher else None,
         "start": run.start.name if run.start else None,
         "command": shlex.join(["python", *command]),
-        "commit": made_with,
+        "commit": made_with["commit"],
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(args),
         "metrics": summarize(folder),

@@ -11,13 +11,24 @@ from pathlib import Path
 from statistics import mean
 
 from globalkd.experiments.matrix import load_table
-from globalkd.experiments.tables import mean_and_spread, read_results, render_markdown
+from globalkd.experiments.tables import (
+    mean_and_spread,
+    read_results,
+    render_markdown,
+    render_summary,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs/results.md"
 README = ROOT / "README.md"
-README_TABLES = ["digits_main", "digits_main_retinanet", "bccd_main", "bccd_main_retinanet"]
+README_TABLES = {
+    "digits_main": "digit scenes, Faster R-CNN",
+    "digits_main_retinanet": "digit scenes, RetinaNet",
+    "bccd_main": "BCCD, Faster R-CNN",
+    "bccd_main_retinanet": "BCCD, RetinaNet",
+}
+README_ROWS = ["teacher", "plain student", "DRKD", "GlobalKD + DRKD", "GlobalKD"]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 MAX_SEEDS = 10
 RELIABILITY = RESULTS / "reliability.csv"  # of `tools/analyze.py reliability`
@@ -97,7 +108,7 @@ def render_page():
     shown = []
     for table, results in tables_with_results():
         shown.append(table.name)
-        parts.append(render_markdown(table, results).replace("### ", "## ", 1))
+        parts.append(render_markdown(table, results, ROOT).replace("### ", "## ", 1))
         parts.append(f"`make reproduce TABLE={table.name}`\n")
     parts.append(render_reliability())
     paths = sorted((RESULTS / "tables").glob("*.yaml"))
@@ -111,8 +122,9 @@ def render_readme():
     text = README.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    found = {t.name: render_markdown(t, r) for t, r in tables_with_results()}
-    tables = "\n".join(found[name] for name in README_TABLES if name in found)
+    found = {t.name: (t, r) for t, r in tables_with_results()}
+    shown = {label: found[name] for name, label in README_TABLES.items() if name in found}
+    tables = render_summary(shown, README_ROWS)
     return f"{before}{BEGIN}\n{tables}{END}{after}"
 
 

@@ -7,11 +7,13 @@ where they begin with another training's weights. The same run of two tables is 
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
+from detectron2.config import CfgNode
 
 TABLE_KEYS = {"title", "note", "data", "results", "teacher", "start", "baseline", "metric"}
 TABLE_KEYS |= {"paper", "rows"}
@@ -116,6 +118,13 @@ class Table:
             for run in row.runs.values():
                 add(run)
         return sorted(found.values(), key=lambda run: (run.depth, run.seed))
+
+
+def config_digest(path: Path) -> str:
+    """Digest of what a configuration and its bases say; comments and order do not count."""
+    settings = CfgNode.load_yaml_with_base(str(path))
+    settings.pop("OUTPUT_DIR", None)
+    return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_table(path: Path, seeds: int) -> Table:

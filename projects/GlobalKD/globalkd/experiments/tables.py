@@ -6,11 +6,11 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from scipy.stats import t as student_t
 
-from .matrix import Row, Table
+from .matrix import Row, Table, config_digest
 
 Results = Dict[str, dict]  # name of a run -> its result file's content
 
@@ -27,6 +27,19 @@ COLUMNS = {
 def read_results(folder: Path) -> Results:
     """The result files of a folder, by the name of their run."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def outdated_rows(table: Table, results: Results, root: Path) -> List[str]:
+    """Rows with a result whose configuration has been changed since; `root`: the repository."""
+    current = {}
+
+    def is_outdated(run) -> bool:
+        recorded = results.get(run.name, {}).get("config_digest")
+        if recorded and run.config not in current:
+            current[run.config] = config_digest(Path(root, run.config))
+        return bool(recorded) and recorded != current[run.config]
+
+    return [row.name for row in table.rows if any(map(is_outdated, row.runs.values()))]
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Dict[str, float]:
@@ -79,8 +92,8 @@ def _summarize(row: Row, baseline: Row, teachers: set, metric: str, results: Res
     }
 
 
-def render_markdown(table: Table, results: Results) -> str:
-    """The table, its note, and what is missing, as Markdown."""
+def render_markdown(table: Table, results: Results, root: Optional[Path] = None) -> str:
+    """The table, its note, what is missing, and what is outdated where `root` is given."""
     records = summarize_rows(table, results)
     columns = [name for name in COLUMNS if any(name in r["metrics"] for r in records)]
     papers = any(r["paper"] is not None for r in records)
@@ -98,6 +111,25 @@ def render_markdown(table: Table, results: Results) -> str:
         lines.append(_line(cells))
     seeds = {tuple(r["seeds"]) for r in records if r["difference"] or r["name"] == table.baseline}
     lines += ["", _footnote(table, records, seeds)]
+    if root and (outdated := outdated_rows(table, results, root)):
+        lines[-1] += f" Of an earlier version of their configuration: {', '.join(outdated)}."
+    return "\n".join(lines) + "\n"
+
+
+def render_summary(tables: Dict[str, Tuple[Table, Results]], rows: Sequence[str]) -> str:
+    """One line a table: the metric of some rows, and the last row's difference from the baseline.
+
+    Args:
+        tables: what a line is called -> a table and its results.
+        rows: the columns, by the name of their row; a table without such a row has "-" there.
+    """
+    metric, baseline = (getattr(next(iter(tables.values()))[0], x) for x in ("metric", "baseline"))
+    lines = [_line([metric, *rows, f"{rows[-1]} - {baseline}"]), "|---" * (len(rows) + 2) + "|"]
+    for name, (table, results) in tables.items():
+        records = {record["name"]: record for record in summarize_rows(table, results)}
+        found = [records.get(row, {"metrics": {}, "difference": None}) for row in rows]
+        cells = [mean_and_spread(record["metrics"].get(metric)) for record in found]
+        lines.append(_line([name, *cells, _difference(found[-1]["difference"])]))
     return "\n".join(lines) + "\n"
 
 
