@@ -28,7 +28,7 @@ README_TABLES = {
     "bccd_main": "BCCD, Faster R-CNN",
     "bccd_main_retinanet": "BCCD, RetinaNet",
 }
-README_ROWS = ["teacher", "plain student", "DRKD", "GlobalKD + DRKD", "GlobalKD"]
+README_ROWS = ["teacher", "plain student", "GlobalKD", "DRKD", "GlobalKD + DRKD"]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 MAX_SEEDS = 10
 RELIABILITY = RESULTS / "reliability.csv"  # of `tools/analyze.py reliability`
@@ -38,7 +38,8 @@ INTRODUCTION = """\
 Rendered by `make results` from the result files in `results/`: one for each run, with its
 configuration, overrides, seed, command, commit, machine and metrics. A table is a file in
 `results/tables/`, a matrix of configurations and seeds; all its students share a teacher and a
-start, as students that begin with ImageNet weights do:
+start, as students that begin with ImageNet weights do. A training repeats to the digit on
+processors of one kind only, so that what a table compares was run on one machine:
 
 ```bash
 make reproduce TABLE=digits_modules SEEDS=3                          # one training after the other

@@ -117,20 +117,25 @@ def render_markdown(table: Table, results: Results, root: Optional[Path] = None)
 
 
 def render_summary(tables: Dict[str, Tuple[Table, Results]], rows: Sequence[str]) -> str:
-    """One line a table: the metric of some rows, and the last row's difference from the baseline.
+    """One line a table: the metric of some rows and, below it, their difference from the baseline.
 
     Args:
         tables: what a line is called -> a table and its results.
         rows: the columns, by the name of their row; a table without such a row has "-" there.
     """
-    metric, baseline = (getattr(next(iter(tables.values()))[0], x) for x in ("metric", "baseline"))
-    lines = [_line([metric, *rows, f"{rows[-1]} - {baseline}"]), "|---" * (len(rows) + 2) + "|"]
+    metric = next(iter(tables.values()))[0].metric
+    lines = [_line([metric, *rows]), "|---" * (len(rows) + 1) + "|"]
     for name, (table, results) in tables.items():
         records = {record["name"]: record for record in summarize_rows(table, results)}
-        found = [records.get(row, {"metrics": {}, "difference": None}) for row in rows]
-        cells = [mean_and_spread(record["metrics"].get(metric)) for record in found]
-        lines.append(_line([name, *cells, _difference(found[-1]["difference"])]))
+        lines.append(_line([name, *(_summary_cell(records.get(row), metric) for row in rows)]))
     return "\n".join(lines) + "\n"
+
+
+def _summary_cell(record: Optional[dict], metric: str) -> str:
+    if record is None:
+        return "-"
+    difference = _difference(record["difference"])
+    return mean_and_spread(record["metrics"].get(metric)) + (difference and f"<br>{difference}")
 
 
 def _footnote(table: Table, records: List[dict], seeds) -> str:
