@@ -278,3 +278,9 @@ def test_a_summary_has_one_line_a_table(table):
         "|---|---|---|---|---|",
         "| Small | 50.00 | - | 31.00 ± 1.00 | 37.00 ± 2.00<br>+6.00 ± 2.48 |",
     ]
+
+
+def test_no_difference_where_the_baseline_lacks_a_seed(table):
+    results = results_of(table, {"plain": [30, 31], "ours": [35, 37, 39]})
+    text = render_markdown(table, results)
+    assert "37.00 ± 2.00 |  |" in text and "plain (seeds [3])" in text

@@ -80,7 +80,7 @@ def _summarize(row: Row, baseline: Row, teachers: set, metric: str, results: Res
         if row is not baseline and seed in found and run.name in results
     ]
     is_teacher = not teachers.isdisjoint(row.runs.values())
-    paired = pairs and not is_teacher and set(found) == set(baseline.runs)
+    paired = pairs and not is_teacher and len(pairs) == len(baseline.runs)  # every seed of both
     difference = paired_difference(*zip(*pairs)) if paired else None
     return {
         "name": row.name,
