@@ -284,3 +284,9 @@ def test_no_difference_where_the_baseline_lacks_a_seed(table):
     results = results_of(table, {"plain": [30, 31], "ours": [35, 37, 39]})
     text = render_markdown(table, results)
     assert "37.00 ± 2.00 |  |" in text and "plain (seeds [3])" in text
+
+
+def test_a_summary_says_which_seeds_a_row_has(table):
+    results = results_of(table, {"plain": [30, 31, 32], "ours": [35, 37]})
+    text = render_summary({"Small": (table, results)}, ["plain", "ours"])
+    assert "| 36.00 ± 1.41 (seeds [1, 2]) |" in text

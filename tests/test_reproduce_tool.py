@@ -29,6 +29,8 @@ def runner(tmp_path, monkeypatch):
     (tmp_path / "data/ImageSets/Main").mkdir(parents=True)
     for name, results in (("one", ""), ("two", ""), ("three", "results: elsewhere")):
         (tmp_path / f"{name}.yaml").write_text(TABLE.format(title=name, results=results))
+    digits = TABLE.replace("data: bccd", "data: digits").format(title="digits", results="")
+    (tmp_path / "digits.yaml").write_text(digits)
     trained = []
 
     def train(root, folder, config, opts, **kwargs):
@@ -104,3 +106,8 @@ def test_weights_that_a_missing_run_needs_are_made_again(runner):
     names = [name.split("_")[0] for name in trained]
     assert sorted(names[:2]) == ["bccd/bccd-start", "bccd/bccd-teacher"]
     assert names[2:] == ["bccd/bccd-gkd"]
+
+
+def test_one_folder_of_data_is_not_taken_for_two_data_sets(runner, capsys):
+    assert runner("one", "digits") == ([], 2)
+    assert "['bccd', 'digits']" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import detectron2
@@ -110,11 +110,10 @@ class Place:
 
     @classmethod
     def of(cls, table, args):
-        place = cls(args.output / table.results, args.results / table.results, ())
-        for folder in (place.output, place.results):
+        output, results = args.output / table.results, args.results / table.results
+        for folder in (output, results):
             folder.mkdir(parents=True, exist_ok=True)
-        opts = DATA[table.data](args.data or place.output / "data")
-        return replace(place, data_opts=tuple(opts))
+        return cls(output, results, tuple(DATA[table.data](args.data or output / "data")))
 
     def result_file(self, run):
         return self.results / f"{run.name}.json"
@@ -171,8 +170,10 @@ def execute_all(tables, places, args):
     with tqdm(total=len(tasks), desc="runs", unit="run", disable=None) as bar:
 
         def attempt(task, lane):
-            execute(*task, args, 1 + lane)
-            bar.update()
+            try:
+                execute(*task, args, 1 + lane)
+            finally:
+                bar.update()
 
         failures = execute_in_order(
             tasks, lambda task: [(run, task[1]) for run in task[0].needs], attempt, args.jobs
@@ -199,6 +200,9 @@ def main():
     args.data = args.data and args.data.resolve()
     os.chdir(ROOT)  # where train_net.py and its relative paths are seen from
     tables = [load_table(TABLES / f"{name}.yaml", args.seeds) for name in args.tables]
+    kinds = sorted({table.data for table in tables})
+    if args.data and len(kinds) > 1:
+        parser.error(f"--data names one folder, but the tables need {kinds}: run them separately.")
     places = {table.name: Place.of(table, args) for table in tables}
     failures = execute_all(tables, places, args)
     for table in tables:

@@ -1,7 +1,8 @@
 """RoIAlign as sums of a map's cells, for maps without gradient on a CPU: the teacher's.
 
 Torchvision's CPU kernel visits a map channel by channel on a single core. Here each bin is a bag of
-cells with weights, and all channels of a cell are read at once.
+cells with weights, and all channels of a cell are read at once. With gradient, and one bin a box,
+the dense product of `features.InstancePooler` is faster.
 
 Shapes: N images, D channels, H x W cells, R boxes, B bins along an axis, T cells under a bin along
 an axis, at most.
@@ -81,11 +82,12 @@ def _sums_of_cells(
     y = (rois[:, 0].long()[:, None, None] * height + y) * width  # a row's first cell in the table
     table = features.permute(0, 2, 3, 1).reshape(-1, channels)
     pairs = size[0] * size[1] * x.shape[2] * y.shape[2]
-    pooled = [features.new_zeros(0, channels)]
+    pooled = []
     for part in torch.arange(len(rois)).split(max(1, PAIRS_PER_CHUNK // pairs)):
         cells = y[part, :, None, :, None] + x[part, None, :, None, :]
         weights = along_y[part, :, None, :, None] * along_x[part, None, :, None, :]
-        pooled.append(_sum_bags(table, cells.flatten(3).flatten(0, 2), weights.view(cells.shape)))
+        bags = [grid.flatten(3).flatten(0, 2) for grid in (cells, weights)]  # one row a bin
+        pooled.append(_sum_bags(table, *bags))
     return torch.cat(pooled).view(len(rois), *size, channels).permute(0, 3, 1, 2)
 
 
@@ -111,7 +113,6 @@ def _axis(start: Tensor, extent: Tensor, bins: int, cells: int, sampling_ratio: 
 
 def _sum_bags(table: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
     """(bins, D) weighted sums of rows of a table; what has no weight is not read."""
-    weights = weights.reshape(cells.shape)
     used = weights != 0
     count = used.sum(dim=1)
     return F.embedding_bag(

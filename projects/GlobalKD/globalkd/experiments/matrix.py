@@ -15,8 +15,10 @@ from typing import Any, Dict, List, Optional, Tuple
 import yaml
 from detectron2.config import CfgNode
 
-TABLE_KEYS = {"title", "note", "data", "results", "teacher", "start", "baseline", "metric"}
-TABLE_KEYS |= {"paper", "rows"}
+TABLE_KEYS = {
+    *("title", "note", "data", "results", "teacher", "start"),
+    *("baseline", "metric", "paper", "rows"),
+}
 ROW_KEYS = {"name", "config", "opts", "teacher", "start", "paper"}
 
 

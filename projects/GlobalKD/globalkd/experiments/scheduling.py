@@ -1,7 +1,7 @@
 """In which order trainings run: several at a time, each as soon as what it needs is there."""
 
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Callable, Dict, Hashable, Sequence, TypeVar
+from typing import Callable, Dict, Hashable, Sequence, Tuple, TypeVar
 
 Task = TypeVar("Task", bound=Hashable)
 
@@ -29,32 +29,25 @@ def execute_in_order(
         The exceptions of those that failed or were not begun. The others are not stopped by them.
     """
     waiting, failures = list(tasks), {}
-    running: Dict[Future, Task] = {}
-    lanes = list(range(jobs))
+    running: Dict[Future, Tuple[Task, int]] = {}
+    free = list(range(jobs))
 
     def is_ready(task: Task) -> bool:
-        return not any(need in waiting or need in running.values() for need in needs(task))
+        unfinished = [*waiting, *(other for other, _ in running.values())]
+        return not any(need in unfinished for need in needs(task))
 
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
-            for task in [task for task in waiting if is_ready(task)][: len(lanes)]:
+            for task in [task for task in waiting if is_ready(task)][: len(free)]:
                 waiting.remove(task)
                 if any(need in failures for need in needs(task)):
                     failures[task] = NeededTaskFailed("not begun, since what it needs has failed")
                     continue
-                lane = lanes.pop(0)
-                running[pool.submit(_in_lane, execute, task, lane, lanes)] = task
-            if not running:
-                continue
+                lane = free.pop(0)
+                running[pool.submit(execute, task, lane)] = task, lane
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
+                task, lane = running.pop(future)
+                free.append(lane)
                 if error := future.exception():
                     failures[task] = error
     return failures
-
-
-def _in_lane(execute, task, lane, lanes) -> None:
-    try:
-        execute(task, lane)
-    finally:
-        lanes.append(lane)

@@ -1,6 +1,7 @@
 """Results of runs as tables: mean and spread over seeds, paired differences, Markdown and CSV."""
 
 import csv
+import functools
 import io
 import json
 import math
@@ -31,13 +32,11 @@ def read_results(folder: Path) -> Results:
 
 def outdated_rows(table: Table, results: Results, root: Path) -> List[str]:
     """Rows with a result whose configuration has been changed since; `root`: the repository."""
-    current = {}
+    digest = functools.cache(lambda config: config_digest(Path(root, config)))
 
     def is_outdated(run) -> bool:
         recorded = results.get(run.name, {}).get("config_digest")
-        if recorded and run.config not in current:
-            current[run.config] = config_digest(Path(root, run.config))
-        return bool(recorded) and recorded != current[run.config]
+        return recorded is not None and recorded != digest(run.config)
 
     return [row.name for row in table.rows if any(map(is_outdated, row.runs.values()))]
 
@@ -121,7 +120,8 @@ def render_summary(tables: Dict[str, Tuple[Table, Results]], rows: Sequence[str]
 
     Args:
         tables: what a line is called -> a table and its results.
-        rows: the columns, by the name of their row; a table without such a row has "-" there.
+        rows: the columns, by the name of their row; a table without such a row has "-" there. A
+            row that lacks seeds says which it has.
     """
     metric = next(iter(tables.values()))[0].metric
     lines = [_line([metric, *rows]), "|---" * (len(rows) + 1) + "|"]
@@ -134,8 +134,10 @@ def render_summary(tables: Dict[str, Tuple[Table, Results]], rows: Sequence[str]
 def _summary_cell(record: Optional[dict], metric: str) -> str:
     if record is None:
         return "-"
+    seeds = f" (seeds {record['seeds']})" if record["seeds"] and record["missing"] else ""
     difference = _difference(record["difference"])
-    return mean_and_spread(record["metrics"].get(metric)) + (difference and f"<br>{difference}")
+    value = mean_and_spread(record["metrics"].get(metric)) + seeds
+    return f"{value}<br>{difference}" if difference else value
 
 
 def _footnote(table: Table, records: List[dict], seeds) -> str:

@@ -34,8 +34,8 @@ def reason_globally(
     """Project cells onto nodes, reason there, project back: V = X B', Z = ((I - A) V) W, Z B.
 
     The two 1x1 convolutions around it and W are linear and follow each other: they are multiplied
-    into one (D, D) matrix that is applied to the M nodes. The result is the same; cells of S
-    channels never exist, and what the three cost does not grow with images or nodes.
+    into one (D, D) matrix that is applied to the M nodes. The result is the same; states of S
+    channels never exist, and the product costs the same for any number of images and nodes.
 
     Note: V is divided by the number of cells. As a sum, nodes would grow with the image and the
     output with them; as a mean, an image and the same image tiled have the same nodes.
