@@ -88,6 +88,14 @@ def evaluate(implementation, truth: COCO, found: COCO) -> Dict:
     }
 
 
+def table(rows: List[dict]) -> str:
+    """The rows for people, as Markdown."""
+    lines = [
+        [r["implementation"], f"{r['seconds']:.1f}", f"{100 * r['stats'][0]:.2f}"] for r in rows
+    ]
+    return tabulate(lines, ["implementation", "seconds", "AP"], "github", disable_numparse=True)
+
+
 def main(argv=None) -> List[dict]:
     """Measure, compare, print the table, write the JSON; the rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -113,10 +121,7 @@ def main(argv=None) -> List[dict]:
     slow, fast = rows
     if not np.allclose(slow["stats"], fast["stats"], rtol=0, atol=1e-6):
         raise SystemExit(f"The numbers differ: {slow['stats']} and {fast['stats']}")
-    lines = [
-        [r["implementation"], f"{r['seconds']:.1f}", f"{100 * r['stats'][0]:.2f}"] for r in rows
-    ]
-    print(tabulate(lines, ["implementation", "seconds", "AP"], "github", disable_numparse=True))
+    print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return rows

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
 from globalkd.prototypes.sparse_coding import TIE, pair_coefficients, select_atoms, unit_rows
 
@@ -128,6 +129,25 @@ def exponent(rows):
     return covariance / sum((a - mean_x) ** 2 for a in x)
 
 
+def table(rows):
+    """The rows for people, as Markdown: one line for each number of instances and of channels."""
+    direct = {(r["dim"], r["instances"]): r["seconds"] for r in rows if r["method"] == "direct"}
+    lines = []
+    for row in (r for r in rows if r["method"] == "ours"):
+        peak = row["peak_bytes"]
+        slow = direct.get((row["dim"], row["instances"]))
+        lines.append(
+            {
+                "channels": row["dim"],
+                "instances": f"{row['instances']:,}",
+                "seconds": f"{row['seconds']:.2f}",
+                "peak memory / features": peak and f"{peak / row['feature_bytes']:.2f}",
+                "direct method, seconds": slow and f"{slow:.1f}",
+            }
+        )
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
 def show(row):
     peak = "?" if row["peak_bytes"] is None else f"{row['peak_bytes'] / row['feature_bytes']:.3f}"
     print(
@@ -156,23 +176,23 @@ def main():
     ours(*instance_features(5_000, args.dims[0], device), args.prototypes, LAMBDA)  # warm up
 
     print("method   instances   dim      time         features   peak memory / features")
-    table, differ = [], []
+    rows, differ = [], []
     for dim in args.dims:
         for count in args.instances:
             features = instance_features(count, dim, device)
             picks, row = measure(ours, *features, args.prototypes, args.repeats)
             show(row)
-            table.append(row)
+            rows.append(row)
             if count <= args.direct_limit:
                 expected, row = measure(direct, *features, args.prototypes, 1)
                 show(row)
-                table.append(row)
+                rows.append(row)
                 differ += [(count, dim)] if expected != picks else []
-        timed = [r for r in table if r["method"] == "ours" and r["dim"] == dim]
+        timed = [r for r in rows if r["method"] == "ours" and r["dim"] == dim]
         if len(timed) > 1:
             print(f"D = {dim}: time grows with instances to the power {exponent(timed):.3f}")
     if args.json:
-        Path(args.json).write_text(json.dumps(table, indent=1))
+        Path(args.json).write_text(json.dumps(rows, indent=1))
     if differ:
         sys.exit(f"The picks differ from the direct method's at (instances, dim) {differ}.")
     print("Wherever the direct method ran, the picks are the same.")

@@ -20,6 +20,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.engine import TrainerBase
 from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
 
 from globalkd import add_globalkd_config, register_datasets
 from globalkd.analysis.annotations import training_instances
@@ -69,6 +70,28 @@ def setup(args):
     return cfg
 
 
+def table(results):
+    """Results for people, as Markdown: two lines each, one for each way to refresh."""
+    lines = []
+    for r in results:
+        for way in ("pass", "harvest"):
+            harvesting = f"{r['harvest_per_step_s']:.3f} s" if way == "harvest" else "-"
+            explained = r["explained"][way]
+            lines.append(
+                {
+                    "`PROTOTYPES.REFRESH`": f"`{way}`",
+                    "a step": f"{r['step_s']:.2f} s",
+                    "of it harvesting": harvesting,
+                    "a refresh": f"{r[f'{way}_refresh_s']:.2f} s",
+                    "share of training, one refresh an epoch": f"{r[f'{way}_share']:.1%}",
+                    "explained, teacher and student": (
+                        f"{explained['teacher']:.3f}, {explained['student']:.3f}"
+                    ),
+                }
+            )
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -107,7 +130,7 @@ def main():
         "instances_pass": len(features),
         "explained": {name: explained(b, features) for name, b in banks.items()},
     }
-    print(json.dumps(result, indent=1))
+    print(f"{table([result])}\n{json.dumps(result, indent=1)}")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
 

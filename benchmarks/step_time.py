@@ -34,10 +34,12 @@ from setting import (
 from tabulate import tabulate
 
 from globalkd.distiller import Distiller, build_loss
+from globalkd.experiments.provenance import processor
 from globalkd.losses import DISTILL_LOSS_REGISTRY
 from globalkd.teacher.building import teacher_config
 
 FULL = "GlobalKD"  # the three terms of the configuration's default
+DETECTORS = {"rcnn": "Faster R-CNN", "retinanet": "RetinaNet"}
 
 
 class Case:
@@ -139,7 +141,9 @@ def rows_of(args, losses) -> Iterator[dict]:
                             "peak_bytes": peaks[loss].bytes,
                             "plain_peak_bytes": peaks["plain"].bytes,
                             "rounds": args.rounds,
+                            "opts": args.opts,
                             "threads": torch.get_num_threads(),
+                            "processor": processor(),
                             "torch": torch.__version__,
                         }
 
@@ -152,27 +156,53 @@ def _ratio(plain, teacher, distilled) -> dict:
 
 
 def table(rows: List[dict]) -> str:
-    """The rows for people, as Markdown."""
+    """The rows for people, as Markdown; a column names the losses unless all are the recipe."""
+    name_losses = any(r["loss"] != FULL for r in rows)
     lines = []
     for r in rows:
         low, high = r["ratio_quartiles"]
-        extra = r["distilled_s"] - r["plain_s"]
+        line = {"pair": f"{DETECTORS[r['detector']]} {r['teacher']} → {r['student']}"}
+        line |= {"on": _setting(r), "images, px": f"{r['images']} × {r['size']}"}
+        line |= {"loss": r["loss"]} if name_losses else {}
         lines.append(
             {
-                "detector": r["detector"],
-                "pair": f"{r['teacher']}-{r['student']}",
-                "on": f"{r['device']} {r['precision']}",
-                "images": f"{r['images']} x {r['size']} px",
-                "loss": r["loss"],
-                "plain [s]": f"{r['plain_s']:.3f}",
-                "teacher [s]": f"{r['teacher_s']:.3f}",
-                "distilled [s]": f"{r['distilled_s']:.3f}",
-                "over plain": f"+{extra / r['plain_s']:.0%}",
-                "over the floor": f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})",
-                "peak [GB]": f"{r['plain_peak_bytes'] / 1e9:.2f} -> {r['peak_bytes'] / 1e9:.2f}",
+                **line,
+                "plain [s]": f"{r['plain_s']:.2f}",
+                "teacher [s]": f"{r['teacher_s']:.2f}",
+                "distilled [s]": f"{r['distilled_s']:.2f}",
+                "over plain": _over_plain(r),
+                "over the floor (quartiles)": f"**{r['ratio']:.3f}** ({low:.3f} to {high:.3f})",
+                "memory of a step [GB]": (
+                    f"{r['plain_peak_bytes'] / 1e9:.2f} → {r['peak_bytes'] / 1e9:.2f}"
+                ),
             }
         )
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def loss_table(rows: List[dict]) -> str:
+    """One line a loss, as Markdown: what it costs with each detector."""
+    cells = {(r["loss"], r["detector"]): [_over_plain(r), f"{r['ratio']:.2f}"] for r in rows}
+    detectors = list(dict.fromkeys(r["detector"] for r in rows))
+    header = ["loss"]
+    for detector in detectors:
+        header += [f"{DETECTORS[detector]}, over plain", "over the floor"]
+    lines = [
+        [f"`{loss}`", *(cell for d in detectors for cell in cells.get((loss, d), ["", ""]))]
+        for loss in dict.fromkeys(r["loss"] for r in rows)
+    ]
+    return tabulate(lines, header, "github", disable_numparse=True)
+
+
+def _setting(row: dict) -> str:
+    opts = row.get("opts", [])
+    pairs = [f"{k.removeprefix('MODEL.GLOBALKD.')} {v}" for k, v in zip(opts[::2], opts[1::2])]
+    device = {"cpu": "CPU", "cuda": "GPU"}[row["device"]]
+    return ", ".join([device, row["precision"], *pairs])
+
+
+def _over_plain(row: dict) -> str:
+    return f"+{row['distilled_s'] / row['plain_s'] - 1:.0%}"
 
 
 def choose_losses(names: List[str], cfg) -> Dict[str, List[str]]:

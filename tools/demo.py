@@ -7,7 +7,6 @@ output folder. Finished parts are kept, so that an interrupted demo goes on wher
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from globalkd.analysis.curves import draw_curves
 from globalkd.analysis.demo_figures import draw_detections, draw_reliability
 from globalkd.analysis.report import build_report
 from globalkd.data import make_digit_scenes
-from globalkd.experiments.training import METRICS, TrainingFailed, summarize, train
+from globalkd.experiments.provenance import commit, machine
+from globalkd.experiments.tables import detector_rows, render_detectors
+from globalkd.experiments.training import TrainingFailed, summarize, train
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = {
@@ -54,34 +55,11 @@ def collect(folders):
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def table_rows(results):
-    """Header and rows of the three detectors; mean and standard deviation over seeds."""
-    columns = [*METRICS, "seconds_per_step"]
-    rows = [
-        [name, *(_cell(results[name][column]) for column in columns)]
-        for name in ("teacher", "plain", "distilled")
-    ]
-    return ["detector", *columns], rows
-
-
-def table(results):
-    """`table_rows` in Markdown."""
-    header, rows = table_rows(results)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(values):
-    mean = statistics.mean(values)
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean:.2f}{spread}"
-
-
-def write_report(output, plain, distilled, results):
+def write_report(output, plain, distilled, detectors):
     """The report of the first seed's distilled student, with what the demo has beyond one run."""
     page = build_report(distilled, plain=plain, parts=["compare", "noise", "discrepancy"])
     page.heading("The demo")
-    page.table(*table_rows(results))
+    page.table(*detector_rows(detectors))
     for name, caption in FIGURES.items():
         page.image(output / name, caption)
     page.write(output / "report.html")
@@ -92,7 +70,7 @@ def main():
     parser.add_argument("--output", default="output/demo", help="folder for everything")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
     args = parser.parse_args()
-    begin = time.time()
+    begin, made_with = time.time(), {"commit": commit(ROOT), "machine": machine()}
     output = Path(args.output).resolve()
     scenes = output / "digit_scenes"
     make_digit_scenes(scenes, num_train=1000, num_val=200)
@@ -106,21 +84,22 @@ def main():
     )
     pairs = [run_seed(output, teacher, seed, data_opts) for seed in range(1, args.seeds + 1)]
     plains, distilleds = zip(*pairs)
-    results = {
+    detectors = {
         "teacher": collect([teacher]),
         "plain": collect(plains),
         "distilled": collect(distilleds),
     }
-    results["reliability_auc"] = draw_reliability(output / "reliability.png", distilleds[0])
+    reliability = draw_reliability(output / "reliability.png", distilleds[0])
+    results = {**detectors, "reliability_auc": reliability, **made_with}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    text = table(results)
-    (output / "table.md").write_text(text + "\n")
+    text = render_detectors(detectors)
+    (output / "table.md").write_text(text)
     draw_curves(output / "curves.png", {"plain": plains, "distilled": distilleds})
     runs = {"teacher": teacher, "plain": plains[0], "distilled": distilleds[0]}
     draw_detections(output / "detections.png", runs)
-    write_report(output, plains[0], distilleds[0], results)
+    write_report(output, plains[0], distilleds[0], detectors)
     print(
-        f"\n{text}\n\nAll of it, with pictures, in {output / 'report.html'} "
+        f"\n{text}\nAll of it, with pictures, in {output / 'report.html'} "
         f"({(time.time() - begin) / 60:.1f} min)"
     )
 

@@ -12,21 +12,17 @@ weights. A run that fails does not end the others; it is named at the end.
 import argparse
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import detectron2
-import torch
-import torchvision
 from tqdm import tqdm
 
 from globalkd.data import make_digit_scenes
 from globalkd.experiments.matrix import config_digest, load_table
+from globalkd.experiments.provenance import commit, machine
 from globalkd.experiments.scheduling import execute_in_order
 from globalkd.experiments.tables import read_results, render_csv, render_markdown
 from globalkd.experiments.training import summarize, train, training_command
@@ -59,41 +55,6 @@ def bccd(folder):
 DATA = {"digits": digit_scenes, "bccd": bccd, "coco": lambda _: [], "voc": lambda _: []}
 
 
-def processor():
-    """The CPU's name: trainings repeat to the digit only on machines of one kind."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def machine(args):
-    """What the numbers were made on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "gpu": gpu,
-        "cpu": processor(),
-        "cpu_cores": os.cpu_count(),
-        "threads": args.threads,
-        "jobs": args.jobs,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-    }
-
-
-def commit():
-    """The checked-out commit, "+changes" behind it where the tree has any."""
-    text = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return text.stdout.strip() or "unknown"
-
-
 def relative_to_root(path):
     """Relative to the repository where it lies in it, so that commands hold in another clone."""
     path = path.resolve()
@@ -124,7 +85,7 @@ def execute(run, place, args, position):
     opts = [*place.data_opts, *run.options(place.output)]
     folder = place.output / run.name
     # Now: the tree may be another one when the training is done.
-    made_with = {"config_digest": config_digest(Path(run.config)), "commit": commit()}
+    made_with = {"config_digest": config_digest(Path(run.config)), "commit": commit(ROOT)}
     train(
         ROOT,
         folder,
@@ -147,7 +108,7 @@ def execute(run, place, args, position):
         "command": shlex.join(["python", *command]),
         "commit": made_with["commit"],
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(args),
+        "machine": machine(threads=args.threads, jobs=args.jobs),
         "metrics": summarize(folder),
     }
     if args.jobs > 1:  # trainings side by side slow each other down

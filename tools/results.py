@@ -1,11 +1,16 @@
 #!/usr/bin/env python
-"""Render docs/results.md and the README's results from the committed result files in results/.
+"""Render docs/results.md and the tables of README.md and docs/performance.md from result files.
 
-Nothing in those pages is typed by hand: `--check` fails where they differ from what the files say.
+Those lie in results/ and benchmarks/results/. No table is typed by hand: `--check` fails where a
+page differs from what the files say. In README.md and docs/performance.md a table stands between
+`<!-- rendered: WHAT ARGUMENTS -->` and `<!-- end -->`; WHAT is a key of `RENDERERS`.
 """
 
 import argparse
 import csv
+import importlib
+import json
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -14,14 +19,17 @@ from globalkd.experiments.matrix import load_table
 from globalkd.experiments.tables import (
     mean_and_spread,
     read_results,
+    render_detectors,
     render_markdown,
     render_summary,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+BENCHMARKS = ROOT / "benchmarks"
 PAGE = ROOT / "docs/results.md"
-README = ROOT / "README.md"
+FILLED = [ROOT / "README.md", ROOT / "docs/performance.md"]
+BLOCK = re.compile(r"(<!-- rendered: (\S+) ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 README_TABLES = {
     "digits_main": "digit scenes, Faster R-CNN",
     "digits_main_retinanet": "digit scenes, RetinaNet",
@@ -29,7 +37,6 @@ README_TABLES = {
     "bccd_main_retinanet": "BCCD, RetinaNet",
 }
 README_ROWS = ["teacher", "plain student", "GlobalKD", "DRKD", "GlobalKD + DRKD"]
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 MAX_SEEDS = 10
 RELIABILITY = RESULTS / "reliability.csv"  # of `tools/analyze.py reliability`
 INTRODUCTION = """\
@@ -118,26 +125,49 @@ def render_page():
     return "\n".join(parts)
 
 
-def render_readme():
-    """The README with its results section made anew."""
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+def render_main_results():
+    """The README's table of test splits: one line a data set and detector."""
     found = {t.name: (t, r) for t, r in tables_with_results()}
     shown = {label: found[name] for name, label in README_TABLES.items() if name in found}
-    tables = render_summary(shown, README_ROWS)
-    return f"{before}{BEGIN}\n{tables}{END}{after}"
+    return render_summary(shown, README_ROWS)
+
+
+def render_demo(file):
+    """The table of a `make demo`, from its results.json."""
+    results = json.loads((ROOT / file).read_text())
+    return render_detectors({name: results[name] for name in ("teacher", "plain", "distilled")})
+
+
+def render_benchmark(function, *files):
+    """What a benchmark's function, such as `step_time.table`, makes of the rows of some files."""
+    sys.path.insert(0, str(BENCHMARKS))
+    module, name = function.split(".")
+    rows = [json.loads((BENCHMARKS / "results" / file).read_text()) for file in files]
+    rows = [row for part in rows for row in (part if isinstance(part, list) else [part])]
+    return getattr(importlib.import_module(module), name)(rows) + "\n"
+
+
+RENDERERS = {
+    "main_results": render_main_results,
+    "demo": render_demo,
+    "benchmark": render_benchmark,
+}
+
+
+def fill(text):
+    """A page's text with its tables made anew."""
+    return BLOCK.sub(lambda m: m[1] + RENDERERS[m[2]](*m[3].split()) + m[4], text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if they differ")
     args = parser.parse_args()
-    pages = {PAGE: render_page(), README: render_readme()}
+    pages = {PAGE: render_page(), **{path: fill(path.read_text()) for path in FILLED}}
     different = [p for p, text in pages.items() if not p.is_file() or p.read_text() != text]
     if args.check and different:
         names = ", ".join(str(path.relative_to(ROOT)) for path in different)
-        sys.exit(f"{names}: not what results/ says; run `make results`.")
+        sys.exit(f"{names}: not what the result files say; run `make results`.")
     for path in different:
         path.write_text(pages[path])
 

@@ -131,6 +131,25 @@ def render_summary(tables: Dict[str, Tuple[Table, Results]], rows: Sequence[str]
     return "\n".join(lines) + "\n"
 
 
+def detector_rows(
+    results: Dict[str, Dict[str, Sequence[float]]],
+) -> Tuple[List[str], List[List[str]]]:
+    """Header and rows of a table of detectors.
+
+    Args:
+        results: what a detector is called -> metric -> its values, one for each seed.
+    """
+    header = ["detector", *COLUMNS.values()]
+    rows = [[name, *(mean_and_spread(own[c]) for c in COLUMNS)] for name, own in results.items()]
+    return header, rows
+
+
+def render_detectors(results: Dict[str, Dict[str, Sequence[float]]]) -> str:
+    """`detector_rows` in Markdown."""
+    header, rows = detector_rows(results)
+    return "\n".join([_line(header), "|---" * len(header) + "|", *map(_line, rows)]) + "\n"
+
+
 def _summary_cell(record: Optional[dict], metric: str) -> str:
     if record is None:
         return "-"
