@@ -37,14 +37,14 @@ def box_mask(
     boxes = rows.boxes / stride
     x = torch.arange(size[2], device=boxes.device)
     y = torch.arange(size[1], device=boxes.device)
-    in_x = (x < boxes[:, 2:3]) & (x + 1 > boxes[:, 0:1])  # (R, W)
-    in_y = (y < boxes[:, 3:4]) & (y + 1 > boxes[:, 1:2])  # (R, H)
+    in_x = ((x < boxes[:, 2:3]) & (x + 1 > boxes[:, 0:1])).to(weight)  # (R, W)
+    in_y = ((y < boxes[:, 3:4]) & (y + 1 > boxes[:, 1:2])).to(weight)  # (R, H)
     if share:
         weight = weight / (in_x.sum(dim=1) * in_y.sum(dim=1)).clamp_min(1)
+    along_y = in_y * weight[:, None]
     chunk = max(1, CELLS_PER_CHUNK // (size[1] * size[2]))
     for part in torch.arange(len(rows), device=boxes.device).split(chunk):
-        painted = in_y[part, :, None] & in_x[part, None, :]
-        painted = painted * weight[part, None, None]
+        painted = along_y[part, :, None] * in_x[part, None, :]
         image = rows.image_index[part][:, None, None].expand_as(painted)
         mask.scatter_reduce_(0, image, painted, "amax")
     return mask
