@@ -34,7 +34,7 @@ LOSSES = {
     "fitnet": (lambda: FitNet(), True),
     "fgfi": (lambda **k: FGFI(**k), True),
     "fbkd": (lambda: FBKD(), True),
-    "gid": (lambda: GID(num_instances=3, pooler_resolution=2), True),
+    "gid": (lambda: GID(num_instances=3, min_box_size=2.0, pooler_resolution=2), True),
     "richness": (lambda: FeatureRichness(), True),
     "rank": (lambda **k: RankMimicking(**k), False),
     "pfi": (lambda: PredictionGuidedImitation(), False),
@@ -134,9 +134,6 @@ def test_gradient_reaches_student_and_every_parameter_and_nothing_else(name, one
         assert value.grad is not None, parameter
         assert value.grad.any() or parameter.startswith(WITHOUT_EFFECT.get(name, ())), parameter
     assert reached(context) == REACHED[name]
-    teacher = context.teacher_dense
-    targets = [*context.teacher_maps.values(), *teacher.logits.values(), *teacher.deltas.values()]
-    assert not any(x.requires_grad for x in targets)
 
 
 @cases(LOSSES)
@@ -167,7 +164,11 @@ def test_the_order_of_boxes_does_not_matter(name, one_stage):
 @cases([n for n in LOSSES if n not in NOT_ADDITIVE])
 def test_the_same_images_twice_give_the_same_terms(name, one_stage):
     once, twice = (step(name, one_stage, counts=(4, 2), repeat=n) for n in (1, 2))
-    expected, terms = (evaluate(build(name, x), x) for x in (once, twice))
+    losses = [build(name, x) for x in (once, twice)]
+    for _ in range(200 if name == "hinton_all" else 0):  # until its running mean is the mean
+        for loss, context in zip(losses, (once, twice)):
+            evaluate(loss, context)
+    expected, terms = (evaluate(loss, x) for loss, x in zip(losses, (once, twice)))
     for term, value in terms.items():
         torch.testing.assert_close(value, expected[term], rtol=1e-4, atol=1e-6)
 
@@ -181,7 +182,7 @@ def test_terms_are_finite_float32_under_autocast(name, one_stage):
         mixed = evaluate(loss, step(name, one_stage))
     for term, value in mixed.items():
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value, plain[term], rtol=0.2, atol=0.02)
+        torch.testing.assert_close(value, plain[term], rtol=0.2, atol=1e-4)
 
 
 @cases(WEIGHTED)
@@ -195,4 +196,4 @@ def test_reliability_counts_only_where_it_is_asked_for(name, one_stage):
     without_bank = evaluate(build(name, plain, weighted=True), plain)[first]
     torch.testing.assert_close(without_bank, unweighted)
     weighted = evaluate(build(name, banked, weighted=True), banked)[first]
-    assert not torch.isclose(weighted, unweighted, rtol=1e-4)
+    assert not torch.isclose(weighted, unweighted, rtol=1e-5, atol=0)

@@ -368,7 +368,6 @@ def test_gradient_reaches_the_students_maps_and_every_trained_parameter():
         for name, p in loss.named_parameters():
             assert not p.requires_grad or p.grad.abs().max() > 0, (type(loss).__name__, name)
         assert all(context.student_maps[name].grad.abs().max() > 0 for name in ("p3", "p4"))
-        assert not any(maps.requires_grad for maps in context.teacher_maps.values())
 
 
 @both_matches

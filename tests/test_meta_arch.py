@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import KINDS, make_batch
 from detectron2.modeling import build_model
+from detectron2.structures import Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 STOCK = {"DistillGeneralizedRCNN": "GeneralizedRCNN", "DistillRetinaNet": "RetinaNet"}
@@ -40,6 +42,35 @@ def test_plain_losses_equal_the_stock_detectors(kind, tiny_cfg, batch):
     assert set(ours) - set(theirs) == TERMS
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
+
+
+#: Students with other heads than the quick configurations'.
+HEADS = {
+    "cascade": ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
+    + ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True],
+    "mask": ["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
+    + ["MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7],
+    "keypoint": ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
+    + ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,)],
+}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_students_with_other_heads_keep_their_losses_and_get_the_terms(heads, tiny_cfg, batch):
+    for x in batch:
+        boxes = x["instances"].gt_boxes.tensor
+        x0, y0, x1, y1 = boxes.unbind(dim=1)
+        outlines = torch.stack([x0, y0, x1, y0, x1, y1, x0, y1], dim=1).double().numpy()
+        x["instances"].gt_masks = PolygonMasks([[outline] for outline in outlines])
+        corners = torch.stack([boxes[:, :2], boxes[:, 2:] - 1], dim=1)  # (R, 2, 2)
+        x["instances"].gt_keypoints = Keypoints(F.pad(corners, (0, 1), value=2.0))
+    cfg = tiny_cfg("rcnn", *HEADS[heads])
+    ours, theirs = step(build(cfg), batch), step(stock(cfg), batch)
+    assert set(ours) - set(theirs) == TERMS
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert any(heads in name or "stage" in name for name in theirs)
+    assert all(0 < ours[name] < float("inf") for name in TERMS)
 
 
 @both

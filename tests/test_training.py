@@ -165,22 +165,35 @@ cfg.merge_from_file(sys.argv[1])
 register_datasets(cfg)
 torch.manual_seed(0)
 trainer = DefaultTrainer(cfg)  # somebody else's trainer: it knows nothing of distillation
-trainer.resume_or_load(resume=False)
+trainer.checkpointer.add_checkpointable("distiller", trainer.model.distiller)
+trainer.resume_or_load(resume=len(sys.argv) > 2)
+distiller = trainer.model.distiller
+print("embedded", distiller.bank.is_ready, sum(float(p.sum()) for p in distiller.parameters()))
 trainer.train()
-model = trainer.model
-assert model.distiller.bank.is_ready
+assert distiller.bank.is_ready
 assert any("loss_kd_global" in name for name in trainer.storage.histories())
-print("embedded")
+print("trained", distiller.bank.is_ready, sum(float(p.sum()) for p in distiller.parameters()))
 """
 
 
-def test_a_foreign_project_needs_one_import_and_one_line_of_yaml(tiny_cfg, tmp_path):
+def test_a_foreign_project_needs_one_import_and_two_lines(tiny_cfg, tmp_path):
+    """One line of Python is for `--resume`: it brings adapters and prototypes back."""
     cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ())
     (tmp_path / "foreign.py").write_text(FOREIGN)
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    command = [sys.executable, "foreign.py", "config.yaml"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "embedded" in result.stdout, result.stderr[-3000:]
+
+    def run(*args):
+        command = [sys.executable, "foreign.py", "config.yaml", *args]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        lines = (x.split() for x in result.stdout.splitlines())
+        return {x[0]: x[1:] for x in lines if x and x[0] in ("embedded", "trained")}
+
+    first = run()
+    assert first["embedded"][0] == "False" and first["trained"][0] == "True"
+    cfg.SOLVER.MAX_ITER = 2
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert run("--resume")["embedded"] == first["trained"]
 
 
 @pytest.mark.parametrize("name", ["gkd_R101_R50", "gkd_retinanet_R101_R50"])

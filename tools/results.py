@@ -46,20 +46,23 @@ Rendered by `make results` from the result files in `results/`: one for each run
 configuration, overrides, seed, command, commit, machine and metrics. A table is a file in
 `results/tables/`, a matrix of configurations and seeds; all its students share a teacher and a
 start, as students that begin with ImageNet weights do. A training repeats to the digit on
-processors of one kind only, so that what a table compares was run on machines of one kind:
+processors of one kind only, so that what a table compares was run on machines of one kind. (The
+files of the methods' tables are older: they do not name the processor, and most have no digest of
+their configuration, so that a change since would not be noticed.)
 
 ```bash
 make reproduce TABLE=digits_modules SEEDS=3                          # one training after the other
 make reproduce TABLE=digits_modules SEEDS=3 JOBS=2 ARGS="--threads 1"  # two at a time, on two cores
 make reproduce TABLE=coco_main ARGS="--num-gpus 8"                   # $DETECTRON2_DATASETS
-make reproduce TABLE=bccd_main ARGS="--data my/bccd"                 # a VOC folder
+make reproduce TABLE=bccd_main SEEDS=3 ARGS="--data my/bccd"         # a VOC folder
 make compare                                                         # every method, two seeds
 ```
 
-Finished runs are kept and interrupted ones resumed. Tables and result files are written to
+BCCD is 364 photographs of blood cells (github.com/Shenggan/BCCD_Dataset); `my/bccd` is the folder
+with `Annotations`, `ImageSets` and `JPEGImages`. Finished runs are kept and interrupted ones resumed. Tables and result files are written to
 `output/reproduce/`; with `ARGS="--results results"` the result files go where this page is made
 from. How strongly each method pulls, and how its weights were chosen:
-[methods.md](methods.md#how-strongly-each-one-pulls).
+[methods.md](methods.md#how-strongly-each-one-pulls), [tuning.md](tuning.md).
 """
 
 
@@ -117,7 +120,9 @@ def render_page():
     for table, results in tables_with_results():
         shown.append(table.name)
         parts.append(render_markdown(table, results, ROOT).replace("### ", "## ", 1))
-        parts.append(f"`make reproduce TABLE={table.name}`\n")
+        seeds = max(len(row.runs) for row in table.rows)
+        data = ' ARGS="--data my/bccd"' if table.data == "bccd" else ""
+        parts.append(f"`make reproduce TABLE={table.name} SEEDS={seeds}{data}`\n")
     parts.append(render_reliability())
     paths = sorted((RESULTS / "tables").glob("*.yaml"))
     rest = [f"* `{p.stem}`: {load_table(p, 1).title}" for p in paths if p.stem not in shown]

@@ -167,6 +167,8 @@ def _footnote(table: Table, records: List[dict], seeds) -> str:
     )
     if count < 2:
         text = "One seed: the spread is not known."
+    elif count == 2:
+        text += " With two seeds such an interval is 12.7 standard errors to each side: a hint."
     missing = [f"{r['name']} (seeds {r['missing']})" for r in records if r["missing"]]
     return text + (f" Not run yet: {', '.join(missing)}." if missing else "")
 

@@ -16,6 +16,15 @@ from .instance_feature import ground_truth_weight
 from .outputs import Responses
 from .response import check_temperature, sigmoid_kl, softmax_kl
 
+#: Boxes are on the finest level up to twice this side in pixels, then on the next one, and so on.
+FINEST_SIDE = 56.0
+
+
+def box_levels(boxes: Tensor, num_levels: int) -> Tensor:
+    """(R,) int64 level, 0 the finest, on which each (R, 4) XYXY_ABS box is an object, by its area."""
+    side = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=1).sqrt()
+    return (side / FINEST_SIDE).log2().floor().clamp(0, num_levels - 1).long()
+
 
 def decoupled_divergence(responses: Responses, temperature: float) -> "tuple[Tensor, Tensor]":
     """Mean KL divergence of class predictions: on foreground rows, and on background rows."""
@@ -34,8 +43,9 @@ class DeFeat(DistillLoss):
     """`loss_kd_defeat_object`, `_background`, `_positive` and `_negative`.
 
     The first two are (1 / 2 N) sum M |f(S) - T|^2 with M inside and outside the annotated boxes, N
-    the number of their cells times channels, mean over levels, f a 3x3 convolution a level; the
-    last two T^2 KL of the class predictions of foreground and of background proposals (RetinaNet:
+    the number of their cells times channels, mean over levels, f a 3x3 convolution a level. As in
+    the authors' code a box is an object on one level, by its size (`box_levels`), and background on
+    the others. The last two T^2 KL of the class predictions of foreground and of background proposals (RetinaNet:
     anchors, K binary divergences), mean over their rows.
 
     Defaults: those of the authors' VOC configuration, whose normalisation is ours: 3 and 12 on the
@@ -103,14 +113,15 @@ class DeFeat(DistillLoss):
 
     def _map_terms(self, context: DistillContext) -> Dict[str, Tensor]:
         inside, outside = [], []
-        for pair in context.levels:
+        level_of_box = box_levels(context.ground_truth.boxes, len(context.levels))
+        for level, pair in enumerate(context.levels):
             teacher = context.teacher_maps[pair.student]
             student = self.adapters[pair.student](context.student_maps[pair.student])
             weight = ground_truth_weight(context, pair.student, self.weighted).float()
             # A weight of 0 must not turn an instance's cells into background.
             mask = box_mask(
                 context.ground_truth,
-                weight.clamp_min(1e-6),
+                weight.clamp_min(1e-6) * (level_of_box == level),
                 size=(len(teacher), *teacher.shape[-2:]),
                 stride=pair.stride,
             )

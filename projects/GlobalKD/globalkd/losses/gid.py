@@ -35,7 +35,8 @@ def general_instances(
     *,
     num_instances: int,
     nms_threshold: float,
-) -> List[Tensor]:
+    min_box_size: float = 0.0,
+) -> Tensor:
     """The general instance selection module (GISM).
 
     An anchor's score is the largest difference of a class probability between the detectors; its
@@ -46,6 +47,7 @@ def general_instances(
         image_sizes: (height, width) of each image.
         num_instances: at most so many of an image.
         nms_threshold: IoU above which the lower score is suppressed.
+        min_box_size: boxes with a side below it, inside their image, are none.
 
     Returns:
         (G, 5) rows of image index, ascending, and XYXY_ABS box.
@@ -57,8 +59,11 @@ def general_instances(
     boxes = torch.where(trusted[..., None], _decode(teacher, index), _decode(student, index))
     sizes = torch.as_tensor([(w, h, w, h) for h, w in image_sizes]).to(boxes)
     boxes = boxes.clamp_min(0).minimum(sizes[:, None]).flatten(0, 1)
+    large = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) >= max(min_box_size, 1e-3)
+    score = score.flatten().masked_fill(~large, -1)  # last: what is too small suppresses nothing
     image = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])
-    kept = batched_nms(boxes, score.flatten(), image, nms_threshold)  # best first
+    kept = batched_nms(boxes, score, image, nms_threshold)  # best first
+    kept = kept[large[kept]]
     rank = F.one_hot(image[kept], len(index)).cumsum(dim=0).gather(1, image[kept][:, None])
     kept = kept[rank.squeeze(1) <= num_instances].sort().values
     return torch.cat([image[kept][:, None].to(boxes), boxes[kept]], dim=1)
@@ -98,7 +103,7 @@ class GID(DistillLoss):
     The dense heads are compared: RetinaNet's, or the class-agnostic RPN of a two-stage detector.
 
     Defaults: those of the first author's Detectron2 code (RetinaNet R101 to R50): K = 10 of the
-    3000 highest scores, NMS at 0.3, RoIAlign 10 x 10, weights 40 (relations), 0.1 (classes) and 1
+    3000 highest scores, sides of at least 10 px, NMS at 0.3, RoIAlign 10 x 10, weights 40 (relations), 0.1 (classes) and 1
     (boxes). Its 5e-4 for features is of a sum over channels, 5e-4 x 256 = 0.128 of their mean.
 
     Note: that code makes the student's 3x3 adapter and never applies it, counts the best anchor of
@@ -121,6 +126,7 @@ class GID(DistillLoss):
         box_weight: float = 1.0,
         num_instances: int = 10,
         nms_threshold: float = 0.3,
+        min_box_size: float = 10.0,
         anchor_threshold: float = 0.5,
         pooler_resolution: int = 10,
     ):
@@ -132,6 +138,7 @@ class GID(DistillLoss):
             box_weight: weight of the box predictions.
             num_instances: K, general instances of an image.
             nms_threshold: IoU at which instances suppress each other.
+            min_box_size: least side of an instance in pixels of the input.
             anchor_threshold: IoU from which on an anchor belongs to an instance.
             pooler_resolution: bins per side of RoIAlign.
         """
@@ -148,6 +155,7 @@ class GID(DistillLoss):
             )
         self.num_instances = num_instances
         self.nms_threshold = nms_threshold
+        self.min_box_size = min_box_size
         self.anchor_threshold = anchor_threshold
         self.pooler_resolution = pooler_resolution
 
@@ -161,6 +169,7 @@ class GID(DistillLoss):
             "box_weight": node.BOX_WEIGHT,
             "num_instances": node.NUM_INSTANCES,
             "nms_threshold": node.NMS_THRESHOLD,
+            "min_box_size": node.MIN_BOX_SIZE,
             "anchor_threshold": node.ANCHOR_THRESHOLD,
             "pooler_resolution": node.POOLER_RESOLUTION,
         }
@@ -182,6 +191,7 @@ class GID(DistillLoss):
             context.image_sizes,
             num_instances=self.num_instances,
             nms_threshold=self.nms_threshold,
+            min_box_size=self.min_box_size,
         )
         terms = {**self._feature_terms(context, rois), **self._response_terms(context, rois)}
         return {name: terms[name] for name in self.weights}

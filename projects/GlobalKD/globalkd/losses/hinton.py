@@ -6,10 +6,12 @@ Table 4 of GlobalKD.
 
 from typing import Dict
 
+import torch
 from detectron2.config import configurable
 from torch import Tensor
 
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .outputs import Responses
 from .response import check_temperature, sigmoid_kl, softmax_kl
 
 
@@ -18,8 +20,9 @@ class HintonKD(DistillLoss):
     """`loss_kd_hinton`: T^2 KL(softmax(t / T) || softmax(s / T)) of class predictions.
 
     Two-stage: mean over the student's proposals, each detector's box head on its own features.
-    RetinaNet: K binary divergences of each anchor, divided by the number of positive anchors, as
-    its own classification loss is.
+    RetinaNet: K binary divergences of each anchor, divided by the number of positive anchors; of
+    all anchors by its running mean, as Detectron2 normalises its own classification loss, so that
+    images without objects count no more than others.
 
     Defaults: the weight 1 and T = 2 of GlobalKD's comparison, which distils the positives alone;
     the 2015 paper fixes neither for detection.
@@ -51,6 +54,8 @@ class HintonKD(DistillLoss):
             )
         self.temperature = temperature
         self.needs_predictions = rows == "all"
+        if self.needs_predictions:
+            self.register_buffer("num_positives", torch.tensor(100.0))
 
     @classmethod
     def from_config(cls, cfg):
@@ -68,5 +73,14 @@ class HintonKD(DistillLoss):
         kept = responses.labels >= 0
         weight = kept * responses.reliability if self.weighted else kept
         rows = divergence(responses.student, responses.teacher, self.temperature) * weight
-        counted = kept & ~responses.background if responses.one_stage else kept
-        return {"loss_kd_hinton": rows.sum() / counted.sum().clamp_min(1)}
+        return {"loss_kd_hinton": rows.sum() / self._normalizer(responses, kept)}
+
+    @torch.no_grad()
+    def _normalizer(self, responses: Responses, kept: Tensor) -> Tensor:
+        if not responses.one_stage:
+            return kept.sum().clamp_min(1)
+        positives = (kept & ~responses.background).sum().clamp_min(1)
+        if not self.needs_predictions:
+            return positives
+        self.num_positives.lerp_(positives.to(self.num_positives), 0.1)
+        return self.num_positives.clone()
