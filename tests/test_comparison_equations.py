@@ -21,8 +21,8 @@ from globalkd.losses import (
     HintonKD,
     PredictionGuidedImitation,
     RankMimicking,
+    defeat,
 )
-from globalkd.losses import defeat
 from globalkd.losses.fbkd import NonLocal, attention, attention_mask, root_mean_square
 from globalkd.losses.feature_richness import feature_richness, rich_score_loss
 from globalkd.losses.fgfi import near_object_masks

@@ -59,7 +59,9 @@ make compare                                                         # every met
 ```
 
 BCCD is 364 photographs of blood cells (github.com/Shenggan/BCCD_Dataset); `my/bccd` is the folder
-with `Annotations`, `ImageSets` and `JPEGImages`. Finished runs are kept and interrupted ones resumed. Tables and result files are written to
+with `Annotations`, `ImageSets` and `JPEGImages`.
+
+Finished runs are kept and interrupted ones resumed. Tables and result files are written to
 `output/reproduce/`; with `ARGS="--results results"` the result files go where this page is made
 from. How strongly each method pulls, and how its weights were chosen:
 [methods.md](methods.md#how-strongly-each-one-pulls), [tuning.md](tuning.md).

@@ -323,7 +323,7 @@ def _add_comparison_keys(node: CN) -> None:
     node.GID.NUM_INSTANCES = 10
     # IoU at which they suppress each other.
     node.GID.NMS_THRESHOLD = 0.3
-    # Least side of one in pixels of the input: smaller boxes, such as those in the padding, are none.
+    # Least side of one in pixels of the input: smaller boxes are none, such as those in padding.
     node.GID.MIN_BOX_SIZE = 10.0
     # IoU from which on an anchor belongs to one.
     node.GID.ANCHOR_THRESHOLD = 0.5

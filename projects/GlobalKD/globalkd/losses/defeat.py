@@ -21,7 +21,7 @@ FINEST_SIDE = 56.0
 
 
 def box_levels(boxes: Tensor, num_levels: int) -> Tensor:
-    """(R,) int64 level, 0 the finest, on which each (R, 4) XYXY_ABS box is an object, by its area."""
+    """(R,) int64, the level on which each (R, 4) XYXY_ABS box is an object; 0 is the finest."""
     side = (boxes[:, 2:] - boxes[:, :2] + 1).prod(dim=1).sqrt()
     return (side / FINEST_SIDE).log2().floor().clamp(0, num_levels - 1).long()
 
@@ -45,8 +45,8 @@ class DeFeat(DistillLoss):
     The first two are (1 / 2 N) sum M |f(S) - T|^2 with M inside and outside the annotated boxes, N
     the number of their cells times channels, mean over levels, f a 3x3 convolution a level. As in
     the authors' code a box is an object on one level, by its size (`box_levels`), and background on
-    the others. The last two T^2 KL of the class predictions of foreground and of background proposals (RetinaNet:
-    anchors, K binary divergences), mean over their rows.
+    the others. The last two are T^2 KL of the class predictions of foreground and of background
+    proposals (RetinaNet: anchors, K binary divergences), mean over their rows.
 
     Defaults: those of the authors' VOC configuration, whose normalisation is ours: 3 and 12 on the
     maps, and the head's two terms off (it names 2 and 2 with T = 1 for them).

@@ -96,9 +96,9 @@ class FBKD(DistillLoss):
     and 0.5 for one-stage detectors.)
 
     Note: r(T), the teacher's block, is trained with the student, as in that code, and nothing holds
-    it: the loss is smallest if both sides say nothing. On a small problem with a student that cannot
-    move, the spread of r(T) fell to a third of that of T in 150 steps; a student that can move
-    learned less of T than from a frozen r (0.37 of its variance explained against 0.73). So a
+    it: the loss is smallest if both sides say nothing. On a small problem with a student that
+    cannot move, the spread of r(T) fell to a third of that of T in 150 steps; a student that can
+    move learned less of T than from a frozen r (0.37 of its variance explained against 0.73). So a
     falling term alone does not mean that the student learns. `PixelRelation` bounds its branch
     against that.
 
