@@ -10,6 +10,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 
+from globalkd.losses import DistillContext, Positives
+from globalkd.pairing import inherit_heads
+
 STOCK = {"DistillGeneralizedRCNN": "GeneralizedRCNN", "DistillRetinaNet": "RetinaNet"}
 TERMS = {"loss_kd_global", "loss_kd_feature", "loss_kd_response"}
 both = pytest.mark.parametrize("kind", list(KINDS))
@@ -53,6 +56,45 @@ HEADS = {
     "keypoint": ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 2]
     + ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,)],
 }
+
+
+C4 = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.OUT_FEATURES", ["res4"]),
+    *("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ["res4"]),
+    *("MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]]),
+    *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 14),
+]
+
+
+def test_a_c4_student_learns_from_a_pyramid(tiny_cfg, batch):
+    """Its heads return no proposals; its one level has a partner in the teacher."""
+    cfg = tiny_cfg("rcnn", *C4)
+    model = build(cfg)
+    assert [(p.student, p.teacher) for p in model.distiller.levels] == [("res4", "p4")]
+    ours, theirs = step(model, batch), step(stock(cfg), batch)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert all(0 < ours[name] < float("inf") for name in TERMS)
+    sum(ours.values()).backward()
+
+
+def test_the_teacher_scores_the_boxes_that_the_student_scored(tiny_cfg, batch):
+    """With TRAIN_ON_PRED_BOXES the student's proposals move after they are scored."""
+    model = build(tiny_cfg("rcnn", "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True))
+    torch.nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.1)
+    scored, outputs = [], model._outputs
+    model.roi_heads.box_pooler.register_forward_pre_hook(
+        lambda _, inputs: scored.append(torch.cat([x.tensor.clone() for x in inputs[1]]))
+    )
+
+    def check(recorded):
+        student = outputs(recorded)
+        assert torch.equal(student.candidates.boxes, scored[0])
+        assert torch.equal(student.positives.boxes, scored[0][student.positives.rows])
+        return student
+
+    model._outputs = check
+    step(model, batch)
+    assert "label_and_sample_proposals" not in vars(model.roi_heads)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -243,3 +285,84 @@ def test_inherited_heads_are_the_teachers(tiny_cfg, batch):
         state["backbone.bottom_up.stem.conv1.weight"],
         teacher["backbone.bottom_up.stem.conv1.weight"],
     )
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
+def test_an_inherited_pyramid_maps_as_the_teachers(norm, tiny_cfg):
+    cfg = tiny_cfg("rcnn", "MODEL.FPN.NORM", norm, "MODEL.FPN.OUT_CHANNELS", 64)
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = ["MODEL.FPN.NORM", norm]
+    model = build(cfg)
+    teacher = model.distiller.teacher.model
+    for fpn in (model.backbone, teacher.backbone):  # norms that do something
+        for name, buffer in fpn.named_buffers():
+            if "bottom_up" not in name and name.endswith("running_var"):
+                torch.nn.init.uniform_(buffer, 0.5, 2.0)
+    inherit_heads(model, teacher)
+    images = torch.randn(1, 3, 64, 64)
+    model.eval()
+    features = model.backbone.bottom_up(images)
+    for fpn in (model.backbone, teacher.backbone):
+        fpn.bottom_up.forward = lambda _: features
+    with torch.no_grad():
+        ours, theirs = model.backbone(images), teacher.backbone(images)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_without_gradient_is_no_step(tiny_cfg, batch):
+    """Statistics of norms (PreciseBN), losses of validation data: the student stays as it is."""
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.INHERIT_TEACHER_HEADS", True)
+    cfg.MODEL.GLOBALKD.PROTOTYPES.REFRESH = "harvest"
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 34]
+    model = build(cfg)
+    step(model, batch)
+    torch.nn.init.normal_(model.backbone.fpn_output2.weight)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    stored = model.distiller.reservoir.counts.clone()
+    with torch.no_grad():
+        losses = step(model, batch)
+    assert not any(name.startswith("loss_kd") for name in losses)
+    assert all(torch.equal(before[k], v) for k, v in model.named_parameters())
+    assert torch.equal(stored, model.distiller.reservoir.counts) and stored.any()
+
+
+def test_the_distiller_stays_hidden_in_a_wrapper(tiny_cfg):
+    wrapped = torch.nn.ModuleDict({"student": build(tiny_cfg("rcnn"))})
+    wrapped.load_state_dict(wrapped.state_dict())  # strict
+
+
+@pytest.mark.faults
+def test_heads_that_score_each_class_alone_are_not_compared(tiny_cfg):
+    cfg = tiny_cfg("rcnn", "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
+    with pytest.raises(ValueError, match="ResponseKnowledge.*USE_SIGMOID_CE"):
+        build(cfg)
+
+
+def test_reliability_is_taken_from_the_nearest_level(tiny_cfg, batch):
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.IN_FEATURES", ["p2", "p4", "p6"])
+    distiller = build(cfg).distiller
+    strides = torch.tensor([4.0, 8.0, 16.0, 32.0, 64.0])
+    positives = Positives(
+        boxes=torch.zeros(5, 4),
+        image_index=torch.zeros(5, dtype=torch.int64),
+        classes=torch.zeros(5, dtype=torch.int64),
+        gt_boxes=torch.zeros(5, 4),
+        strides=strides,
+        rows=torch.arange(5),
+    )
+    context = DistillContext(
+        levels=distiller.levels,
+        student_maps={},
+        teacher_maps={},
+        teacher_features={},
+        image_sizes=[],
+        ground_truth=positives,
+        positives=positives,
+        candidates=None,
+        instances=positives,
+        pooler=distiller.pooler,
+        teacher=distiller.teacher,
+        bank=distiller.bank,
+    )
+    context.reliability = {p.student: torch.full((5,), float(p.stride)) for p in context.levels}
+    assert context._positive_reliability()[[0, 2, 4]].tolist() == [4, 16, 64]

@@ -134,14 +134,17 @@ class Diverging(DistillLoss):
         return {"loss_kd_diverging": term}
 
 
+LOSSES = ["FitNet", "InstanceRelation", "Diverging"]
+
+
 @pytest.fixture
 def diverging(tiny_cfg, monkeypatch):
-    """Builds a trainer with `Diverging` beside FitNet."""
+    """Builds a trainer with `Diverging` beside FitNet and a loss with frozen parameters."""
     monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "Diverging", lambda cfg: Diverging())
 
     def build(kind, *opts, at):
         monkeypatch.setattr(Diverging, "at", at)
-        cfg = tiny_cfg(kind, "MODEL.GLOBALKD.LOSSES", ["FitNet", "Diverging"], *opts)
+        cfg = tiny_cfg(kind, "MODEL.GLOBALKD.LOSSES", LOSSES, *opts)
         cfg.TEST.EVAL_PERIOD = 0
         cfg.DATASETS.TEST = ()
         register_datasets(cfg)

@@ -74,7 +74,12 @@ def test_training_starts_from_a_file(file, tiny_cfg):
 @pytest.mark.faults
 def test_a_file_made_with_other_settings_is_refused(file, tiny_cfg):
     path, _ = file
-    settings = ["MODEL.GLOBALKD.PROTOTYPES.FILE", path, "MODEL.GLOBALKD.PROTOTYPES.LAMBDA", 1.0]
-    model = build(tiny_cfg("rcnn", *settings))
-    with pytest.raises(ValueError, match="lambda"):
-        model.distiller.prepare(model, 0)
+    for key, value in (
+        ("MODEL.GLOBALKD.PROTOTYPES.LAMBDA", 1.0),
+        ("MODEL.GLOBALKD.POOLER_RESOLUTION", 5),
+        ("INPUT.MIN_SIZE_TEST", 60),
+    ):
+        model = build(tiny_cfg("rcnn", "MODEL.GLOBALKD.PROTOTYPES.FILE", path, key, value))
+        name = "input_size" if key.startswith("INPUT") else key.rpartition(".")[2].lower()
+        with pytest.raises(ValueError, match=name):
+            model.distiller.prepare(model, 0)

@@ -89,6 +89,18 @@ class TestReservoir:
         add(reservoir, [0, 0], 1, side=1.0)
         assert stored(reservoir, 0) == [(0, 0), (0, 1)]
 
+    def test_features_that_are_not_finite_are_left_out(self):
+        reservoir = make_reservoir(size=4)
+        teacher = {p.student: torch.ones(3, p.teacher_channels) for p in LEVELS}
+        student = {p.student: torch.ones(3, p.student_channels) for p in LEVELS}
+        teacher["p3"][1, 0], student["p2"][2, 1] = float("inf"), float("nan")
+        boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(3, 1)
+        classes = torch.tensor([0, 0, 1])
+        reservoir.add(teacher, student, classes=classes, boxes=boxes, iteration=0)
+        features = reservoir.features(0)
+        assert features.classes.tolist() == [0]
+        assert all(x.isfinite().all() for x in features.teacher.values())
+
     def test_a_step_without_instances(self):
         reservoir = make_reservoir()
         add(reservoir, [], 0)

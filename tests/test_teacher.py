@@ -1,11 +1,15 @@
 """The teacher: the load gate, its channel order, its predictions, and its faster modes."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KINDS, ROOT, make_batch
+from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone import FPN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -15,6 +19,7 @@ from globalkd.distiller import Distiller
 from globalkd.losses import ResponseKnowledge
 from globalkd.teacher import Teacher
 from globalkd.teacher.building import build_teacher, fold_norms, teacher_config
+from globalkd.teacher.cutting import cut_backbone
 
 QUICK = str(ROOT / "configs/quick/Base-digits-rcnn.yaml")
 SMALL = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.DEVICE", "cpu"]
@@ -113,6 +118,21 @@ def test_no_weights_no_file_no_config():
         build_teacher(QUICK, "nowhere.pth", SMALL)
     with pytest.raises(FileNotFoundError, match="CONFIG_FILE is 'nope.yaml'.*model-zoo name"):
         build_teacher("nope.yaml")
+    with pytest.raises(FileNotFoundError, match="CONFIG_FILE is '': neither a file"):
+        build_teacher("")
+
+
+def test_a_teacher_may_have_the_keys_of_another_project(tmp_path):
+    path = tmp_path / "teacher.yaml"
+    path.write_text(f"_BASE_: {QUICK}\nMODEL: {{MYPROJECT: {{WIDTH: 2.0}}}}\nOTHER: 3")
+    with pytest.raises(ValueError, match="no key (MODEL.MYPROJECT|OTHER)"):
+        teacher_config(str(path))
+    like = get_cfg()
+    like.MODEL.MYPROJECT = CfgNode({"WIDTH": 1.0, "DEPTH": 7})
+    like.OTHER, like.MODEL.RESNETS.DEPTH = 1, 101
+    cfg = teacher_config(str(path), like=like)
+    assert (cfg.MODEL.MYPROJECT.WIDTH, cfg.MODEL.MYPROJECT.DEPTH, cfg.OTHER) == (2.0, 7, 3)
+    assert cfg.MODEL.RESNETS.DEPTH != 101 and like.MODEL.MYPROJECT.WIDTH == 1.0
 
 
 def test_zoo_names_are_configs():
@@ -247,6 +267,15 @@ def test_a_cut_backbone_moves_with_its_teacher():
     teacher.apply_(lambda x: x.double() if x.is_floating_point() else x)
     images = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
     assert teacher._backbone(images)["p3"].dtype == torch.float64
+
+
+def test_a_pyramid_of_another_kind_stays_whole(rcnn):
+    class PathAggregation(FPN):
+        """A bottom-up path after the pyramid's own: coarser levels need finer ones."""
+
+    backbone = copy.copy(rcnn.model.backbone)
+    backbone.__class__ = PathAggregation
+    assert cut_backbone(backbone, ["p4"]) is backbone
 
 
 @pytest.mark.faults

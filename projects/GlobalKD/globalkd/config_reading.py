@@ -5,12 +5,13 @@ teacher. Not here: the keys and their defaults (`config`), and what only the det
 such as levels that do not match (`features`, `pairing`, the losses).
 """
 
+import copy
 import difflib
 import logging
 import math
 import os
 import re
-from typing import Iterator, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 import yaml
 from detectron2 import model_zoo
@@ -42,7 +43,9 @@ _POSITIVE = (
 _LARGEST = {"DENSITY_PERCENTILE": 100, "THRESHOLD": 1, "NMS_THRESHOLD": 1, "ANCHOR_THRESHOLD": 1}
 
 
-def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str, opts: Sequence[str] = (), like: Optional[CfgNode] = None
+) -> CfgNode:
     """Read a YAML file and overrides into a config with this project's keys.
 
     YAML that would run code (tags such as `!!python/object/apply`) is refused, also in a file that
@@ -52,6 +55,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Args:
         config_file: path of the file.
         opts: overrides, `["KEY", "VALUE", ...]`, as on a command line.
+        like: a config whose keys beyond Detectron2's and ours, another project's, the file may have
+            as well; they begin with the values that they have there.
 
     Returns:
         The config, not frozen, with its numbers checked by `check_config`.
@@ -63,6 +68,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_globalkd_config(cfg)
+    if like is not None:
+        _add_missing(cfg, like)
     cfg = _SafeCfgNode(cfg)
     _require_file(config_file)
     _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
@@ -75,6 +82,14 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 def _require_file(path: str) -> None:
     if "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"There is no config file {path} (seen from {os.getcwd()})")
+
+
+def _add_missing(cfg: CfgNode, like: CfgNode) -> None:
+    for name, value in like.items():
+        if name not in cfg:
+            cfg[name] = copy.deepcopy(value)
+        elif isinstance(value, CfgNode) and isinstance(cfg[name], CfgNode):
+            _add_missing(cfg[name], value)
 
 
 class _SafeCfgNode(CfgNode):

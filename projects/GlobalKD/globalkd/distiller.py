@@ -110,7 +110,9 @@ class Distiller(nn.Module):
         self.input_format = input_format
         self.vis_period = vis_period
         self.levels: List[LevelPair] = []
-        self._prepared = -1
+        self._prepared = -1  # the latest iteration that was prepared
+        self._restored = False
+        self.register_load_state_dict_post_hook(_note_restored)
 
     @classmethod
     def from_config(cls, cfg):
@@ -122,6 +124,7 @@ class Distiller(nn.Module):
             allow_random_weights=node.TEACHER.ALLOW_RANDOM_WEIGHTS,
             allow_pickle=node.ALLOW_PICKLE,
             device=cfg.MODEL.DEVICE,
+            like=cfg,
             precision=node.TEACHER.PRECISION,
             compile=node.TEACHER.COMPILE,
             input_scale=node.TEACHER.INPUT_SCALE,
@@ -211,6 +214,13 @@ class Distiller(nn.Module):
         """
         if self._prepared == iteration:
             return
+        if self._prepared < 0 < iteration and not self._restored and self.state_dict():
+            logger.warning(
+                f"Training goes on at iteration {iteration} without the distiller's own state: "
+                "adapters start anew, and prototypes are made again. The checkpoint has none, or "
+                'nothing loaded it: checkpointer.add_checkpointable("distiller", model.distiller) '
+                "does, before the trainer resumes."
+            )
         self._prepared = iteration
         if iteration == 0 and self.inherit_teacher_heads:
             inherit_heads(student, self.teacher.model)
@@ -355,6 +365,10 @@ class Distiller(nn.Module):
         if self.non_finite.skip:
             skipped = self.non_finite.report()
             storage.put_scalar("kd/skipped_steps", skipped, smoothing_hint=False)
+
+
+def _note_restored(distiller: Distiller, _incompatible) -> None:
+    distiller._restored = True
 
 
 def build_loss(cfg, name: str) -> DistillLoss:

@@ -1,17 +1,19 @@
 """The distilling meta-architectures: stock Detectron2 detectors plus a distiller.
 
-Nothing of a parent's `forward` is copied: while it runs, hooks record what the distiller needs.
+Nothing of a parent's `forward` is copied: what the distiller needs is recorded while it runs.
 In evaluation, and without a distiller, they are the stock detectors.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, List, Optional, Tuple
+from typing import Any, ClassVar, ContextManager, Dict, Iterator, List, Optional, Tuple
+from unittest import mock
 
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.poolers import assign_boxes_to_levels
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -91,19 +93,24 @@ class DistillMixin:
 
     def forward(self, batched_inputs: List[dict]):
         """The parent's `forward`; in training, with the distillation terms among the losses."""
-        if not self.training or self.distiller is None:
+        # Without gradient it is no training step, also in training mode: a pass for the statistics
+        # of batch norms, or for the loss of validation data.
+        if not self.training or self.distiller is None or not torch.is_grad_enabled():
             return super().forward(batched_inputs)
         iteration = get_event_storage().iter
         self.distiller.prepare(self, iteration)
         if self.distiller.factor(iteration) == 0:
             return {**super().forward(batched_inputs), **self.distiller.zero_terms()}
         teacher_pass = self.distiller.begin(batched_inputs)
-        with record_outputs(self._recorded_modules()) as recorded:
+        with self._recording() as recorded:
             self._recorded = recorded
             losses = super().forward(batched_inputs)
             self._recorded = None
         losses.update(self.distiller(batched_inputs, self._outputs(recorded), losses, teacher_pass))
         return losses
+
+    def _recording(self) -> ContextManager[Dict[str, Any]]:
+        return record_outputs(self._recorded_modules())
 
     def _recorded_modules(self) -> Dict[str, nn.Module]:
         modules = {"backbone": self.backbone}
@@ -126,7 +133,8 @@ def _hide_distiller(_module, state_dict, prefix, _metadata):
 
 
 def _forgive_distiller(_module, incompatible):
-    kept = [key for key in incompatible.missing_keys if not key.startswith(_HIDDEN)]
+    # Keys have the prefix of whatever the detector is wrapped into.
+    kept = [key for key in incompatible.missing_keys if f".{_HIDDEN}" not in f".{key}"]
     incompatible.missing_keys[:] = kept
 
 
@@ -141,11 +149,26 @@ class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
         predictor = self.roi_heads.box_predictor
         if isinstance(predictor, nn.ModuleList):  # a cascade: its first stage sees the proposals
             predictor = predictor[0]
-        modules = super()._recorded_modules()
-        return {**modules, "roi_heads": self.roi_heads, "box_predictor": predictor}
+        return {**super()._recorded_modules(), "box_predictor": predictor}
+
+    @contextmanager
+    def _recording(self) -> Iterator[Dict[str, Any]]:
+        sample = self.roi_heads.label_and_sample_proposals
+
+        def record_sampled(*args, **kwargs):
+            proposals = sample(*args, **kwargs)
+            # As they are scored: some heads do not return them, some move their boxes afterwards.
+            recorded["sampled"] = [Instances(x.image_size, **x.get_fields()) for x in proposals]
+            return proposals
+
+        with (
+            super()._recording() as recorded,
+            mock.patch.object(self.roi_heads, "label_and_sample_proposals", record_sampled),
+        ):
+            yield recorded
 
     def _scored(self, recorded: Dict[str, Any]) -> Tuple[ProposalCandidates, Positives]:
-        proposals, _ = recorded["roi_heads"]
+        proposals = recorded["sampled"]
         logits = recorded["box_predictor"][0]
         boxes = [x.proposal_boxes.tensor for x in proposals]
         # An image without annotations has no field gt_boxes, and no foreground that would need it.

@@ -43,7 +43,8 @@ class NonFiniteLosses:
         """Let gradients of a skipped step not reach these parameters. Called once."""
         if self.skip:
             for parameter in module.parameters():
-                parameter.register_hook(self._pass)
+                if parameter.requires_grad:
+                    parameter.register_hook(self._pass)
 
     def watch_student(self, student: StudentOutputs) -> StudentOutputs:
         """The same outputs, from which gradients of a skipped step do not flow back."""

@@ -87,6 +87,18 @@ def check_comparable(
         )
     if _head_kind(student) == "dense":
         _check_dense_heads(student, teacher, losses)
+    elif any(_scores_classes_alone(model) for model in (student, teacher.model)):
+        raise ValueError(
+            f"{losses} compare class predictions by a softmax over classes and background, but a "
+            "box head here is trained with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, where nobody reads "
+            "the background's score. Take them out of MODEL.GLOBALKD.LOSSES."
+        )
+
+
+def _scores_classes_alone(model: nn.Module) -> bool:
+    predictor = model.roi_heads.box_predictor
+    predictors = predictor if isinstance(predictor, nn.ModuleList) else [predictor]
+    return any(getattr(p, "use_sigmoid_ce", False) for p in predictors)
 
 
 def _head_kind(model: nn.Module) -> str:

@@ -155,12 +155,6 @@ class DistillTrainer(DefaultTrainer):
         else:
             how = "The order of the data starts anew: DATALOADER.EXACT_RESUME is False."
         logger.info(f"Resumed at iteration {self.start_iter}. {how}")
-        bank = self.distiller.bank if self.distiller is not None else None
-        if bank is not None and not bank.is_ready:
-            logger.warning(
-                "The checkpoint has no entry 'distiller': it was not written by this trainer. "
-                "Adapters start anew and prototypes are made again."
-            )
 
 
 @contextmanager

@@ -7,7 +7,6 @@ that a sum of losses pays once for the teacher's pass, the pooling and the heads
 Shapes: N images, L levels, R instances, M positives, K classes, P prototypes, D channels.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -205,13 +204,12 @@ class DistillContext:
         )
 
     def _positive_reliability(self) -> Tensor:
-        """(M,) omega of each positive at the level that predicts it."""
+        """(M,) omega of each positive at the level that predicts it, or at the nearest one."""
         if self.bank is None or len(self.instances) == 0:
             return self.positives.boxes.new_ones(len(self.positives))
         by_level = torch.stack([self.reliability[p.student] for p in self.levels])  # (L, R)
-        finest = math.log2(self.levels[0].stride)
-        level = (self.positives.strides.log2() - finest).round().long()
-        level = level.clamp(0, len(self.levels) - 1)
+        strides = self.positives.strides.new_tensor([p.stride for p in self.levels])
+        level = (self.positives.strides.log2()[:, None] - strides.log2()).abs().argmin(dim=1)
         return by_level[level, self._instance_of_positive()]
 
     def _instance_of_positive(self) -> Tensor:

@@ -104,7 +104,8 @@ class GID(DistillLoss):
 
     Defaults: those of the first author's Detectron2 code (RetinaNet R101 to R50): K = 10 of the
     3000 highest scores, sides of at least 10 px, NMS at 0.3, RoIAlign 10 x 10, weights 40
-    (relations), 0.1 (classes) and 1 (boxes). Its 5e-4 for features is of a sum over channels, 5e-4 x 256 = 0.128 of their mean.
+    (relations), 0.1 (classes) and 1 (boxes). Its 5e-4 for features is of a sum over channels, 5e-4
+    x 256 = 0.128 of their mean.
 
     Note: that code makes the student's 3x3 adapter and never applies it, counts the best anchor of
     an instance below the threshold, too, leaves relations out below three instances, and has no

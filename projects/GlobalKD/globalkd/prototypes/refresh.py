@@ -100,7 +100,10 @@ class PrototypeRefresher:
         fingerprint = {
             "teacher_config": node.TEACHER.CONFIG_FILE,
             "teacher_weights": node.TEACHER.WEIGHTS,
+            "teacher_opts": [str(x) for x in node.TEACHER.OPTS],
             "teacher_input_scale": node.TEACHER.INPUT_SCALE,
+            "input_size": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST],
+            "pooler_resolution": node.POOLER_RESOLUTION,
             "student_weights": cfg.MODEL.WEIGHTS,
             "datasets": list(cfg.DATASETS.TRAIN),
             **{k.lower(): v for k, v in node.PROTOTYPES.items() if k not in _NOT_IN_FINGERPRINT},

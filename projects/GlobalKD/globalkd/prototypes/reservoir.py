@@ -60,8 +60,8 @@ class InstanceReservoir(nn.Module):
     ) -> None:
         """Store the instances of a step over the oldest ones of their classes.
 
-        Boxes with a side shorter than `min_box_size` are left out, and of more than S of one class
-        all but the first S.
+        Boxes with a side shorter than `min_box_size` are left out, those with a feature that is not
+        finite, and of more than S of one class all but the first S.
 
         Args:
             teacher: level -> (R, D_t) raw features.
@@ -72,6 +72,8 @@ class InstanceReservoir(nn.Module):
         """
         sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1)
         keep = (sides >= self.min_box_size) & (sides > 0)
+        for features in (*teacher.values(), *student.values()):
+            keep &= features.isfinite().all(dim=1)
         mine = nn.functional.one_hot(classes, self.num_classes) * keep[:, None]
         turn = (mine.cumsum(dim=0) - 1).gather(1, classes[:, None]).squeeze(1)
         slot = classes * self.size + (self.counts[classes] + turn) % self.size

@@ -1,8 +1,9 @@
 """Building a teacher: its config, the gate that its weights pass, its norms folded away."""
 
+import contextlib
 import logging
 import os
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 import torch
 from detectron2 import model_zoo
@@ -30,6 +31,7 @@ def build_teacher(
     allow_random_weights: bool = False,
     allow_pickle: bool = False,
     device: str = "",
+    like: Optional[CfgNode] = None,
     **modes,
 ) -> Teacher:
     """Build a teacher from a Detectron2 config and load its weights through the gate.
@@ -45,13 +47,14 @@ def build_teacher(
             then mean none.
         allow_pickle: accept weights whose reading may run code that is in the file.
         device: where to build it; empty for what the config says.
+        like: a config with further keys that the teacher's may have; see `load_config`.
         modes: `precision`, `compile` and `input_scale` of `Teacher`.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
         ValueError: the weights do not fill the detector.
     """
-    cfg = teacher_config(config_file, opts)
+    cfg = teacher_config(config_file, opts, like)
     if device:
         cfg.MODEL.DEVICE = device
     if not weights and not allow_random_weights:
@@ -61,26 +64,29 @@ def build_teacher(
     load_teacher_weights(
         model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights, allow_pickle=allow_pickle
     )
-    fold_norms(model.backbone)
+    # A pyramid's norms stay: a student may inherit its weights (`pairing.inherit_heads`).
+    fold_norms(getattr(model.backbone, "bottom_up", model.backbone))
     TeacherROIAlign.replace_in(model)
     if model.device.type == "cpu":
         model.to(memory_format=torch.channels_last)
     return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
 
 
-def teacher_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Read a teacher's config from a file or by its model-zoo name."""
+def teacher_config(
+    config_file: str, opts: Sequence[str] = (), like: Optional[CfgNode] = None
+) -> CfgNode:
+    """Read a teacher's config from a file or by its model-zoo name; `like` as in `load_config`."""
     path = config_file
     if not os.path.isfile(path):
-        try:
+        with contextlib.suppress(RuntimeError):  # not in the zoo
             path = model_zoo.get_config_file(config_file)
-        except RuntimeError:
-            raise FileNotFoundError(
-                f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE is {config_file!r}: neither a file (seen from "
-                f"{os.getcwd()}) nor a model-zoo name such as "
-                "'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
-            ) from None
-    cfg = load_config(path, opts)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE is {config_file!r}: neither a file (seen from "
+            f"{os.getcwd()}) nor a model-zoo name such as "
+            "'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
+        )
+    cfg = load_config(path, opts, like)
     cfg.MODEL.GLOBALKD.ENABLED = False
     return cfg
 
