@@ -1,12 +1,16 @@
 """When prototypes are made, and starting from a file instead."""
 
+import importlib
+import sys
+
 import pytest
 import torch
-from conftest import make_batch
+from conftest import ROOT, make_batch
 from detectron2.utils.events import EventStorage
 
 from globalkd.data import register_datasets
 from globalkd.engine.trainer import DistillTrainer
+from globalkd.prototypes.fingerprint import settings_of, with_contents
 
 
 def build(cfg):
@@ -77,9 +81,64 @@ def test_a_file_made_with_other_settings_is_refused(file, tiny_cfg):
     for key, value in (
         ("MODEL.GLOBALKD.PROTOTYPES.LAMBDA", 1.0),
         ("MODEL.GLOBALKD.POOLER_RESOLUTION", 5),
+        ("MODEL.GLOBALKD.INHERIT_TEACHER_HEADS", True),
         ("INPUT.MIN_SIZE_TEST", 60),
     ):
         model = build(tiny_cfg("rcnn", "MODEL.GLOBALKD.PROTOTYPES.FILE", path, key, value))
-        name = "input_size" if key.startswith("INPUT") else key.rpartition(".")[2].lower()
+        name = "input" if key.startswith("INPUT") else key.rpartition(".")[2].lower()
         with pytest.raises(ValueError, match=name):
             model.distiller.prepare(model, 0)
+
+
+def test_a_fingerprint_is_of_what_files_hold_and_not_of_their_names(tmp_path, tiny_cfg):
+    def fingerprint(name, content):
+        (tmp_path / name).write_bytes(content)
+        cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.TEACHER.WEIGHTS", str(tmp_path / name))
+        return with_contents(settings_of(cfg))
+
+    first = fingerprint("a.pth", b"weights")
+    assert fingerprint("moved.pth", b"weights") == first
+    again = fingerprint("a.pth", b"trained again")
+    assert {key for key in first if again[key] != first[key]} == {"teacher_weights"}
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.TEACHER.WEIGHTS", "detectron2://zoo.pkl")
+    assert with_contents(settings_of(cfg))["teacher_weights"] == "detectron2://zoo.pkl"
+
+
+def test_changed_annotations_change_the_fingerprint(scenes, tmp_path, tiny_cfg):
+    annotations = tmp_path / "train.json"
+    prints = []
+    for suffix in ("", " "):
+        annotations.write_text((scenes / "train.json").read_text() + suffix)
+        cfg = tiny_cfg("rcnn", "DATASETS.TRAIN", ("changing",))
+        cfg.DATASETS.COCO = [["changing", str(annotations), str(scenes / "train")]]
+        register_datasets(cfg)
+        prints.append(with_contents(settings_of(cfg))["datasets"]["changing"])
+    assert prints[0].startswith("sha256 ") and prints[0] != prints[1]
+
+
+def test_prototypes_of_a_file_are_those_of_a_student_that_inherits(tmp_path, tiny_cfg, monkeypatch):
+    """The tool makes them where training does: after the student has the teacher's heads."""
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.INHERIT_TEACHER_HEADS", True)
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 34]
+    model = build(cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "start.pth")
+    teacher = {"model": model.distiller.teacher.model.state_dict()}
+    torch.save(teacher, tmp_path / "teacher.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "start.pth")
+    cfg.MODEL.GLOBALKD.TEACHER.WEIGHTS = str(tmp_path / "teacher.pth")
+    cfg.MODEL.GLOBALKD.TEACHER.ALLOW_RANDOM_WEIGHTS = True  # its norms are folded
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    arguments = ["--config-file", tmp_path / "config.yaml", "--output", tmp_path / "p.safetensors"]
+    monkeypatch.setattr(sys, "argv", ["generate_prototypes.py", *map(str, arguments)])
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    importlib.import_module("generate_prototypes").main()
+
+    trained = build(cfg)
+    trained.load_state_dict(torch.load(cfg.MODEL.WEIGHTS)["model"])
+    trained.distiller.prepare(trained, 0)
+    cfg.MODEL.GLOBALKD.PROTOTYPES.FILE = str(tmp_path / "p.safetensors")
+    read = build(cfg)
+    read.distiller.prepare(read, 0)
+    expected, found = (m.distiller.bank.state_dict() for m in (trained, read))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)

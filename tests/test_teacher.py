@@ -1,12 +1,14 @@
 """The teacher: the load gate, its channel order, its predictions, and its faster modes."""
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KINDS, ROOT, make_batch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
@@ -120,6 +122,25 @@ def test_no_weights_no_file_no_config():
         build_teacher("nope.yaml")
     with pytest.raises(FileNotFoundError, match="CONFIG_FILE is '': neither a file"):
         build_teacher("")
+
+
+def test_the_teachers_classes_are_those_of_its_own_config(tmp_path, caplog):
+    """Its datasets need not be registered, and a name may stand for other data in the student's."""
+    classes = [{"id": 7, "name": "pear"}, {"id": 3, "name": "apple"}]
+    (tmp_path / "fruit.json").write_text(json.dumps({"categories": classes}))
+    fruit = ["fruit", str(tmp_path / "fruit.json"), str(tmp_path)]
+    MetadataCatalog.get("fruit").thing_classes = ["other", "data"]
+
+    def names(*opts):
+        return teacher_of(["DATASETS.TRAIN", "('fruit',)", *opts]).class_names
+
+    assert names("DATASETS.COCO", str([fruit])) == ["apple", "pear"]
+    assert names("DATASETS.VOC", "[['fruit', '/nowhere', 'train', ['a', 'b']]]") == ["a", "b"]
+    assert names() == ["other", "data"]
+    assert not caplog.records[1:] or "not known" not in caplog.text
+    assert names("DATASETS.COCO", "[['fruit', '/nowhere.json', '/nowhere']]") == []
+    assert "names of the teacher's classes are not known" in caplog.text
+    MetadataCatalog.remove("fruit")
 
 
 def test_a_teacher_may_have_the_keys_of_another_project(tmp_path):

@@ -37,6 +37,7 @@ def main():
     distiller = model.distiller
     if distiller.bank is None:
         raise SystemExit(f"No loss of {list(cfg.MODEL.GLOBALKD.LOSSES)} reads prototypes.")
+    distiller.start(model)
     prototypes = distiller.refresh(model)
     distiller.bank.save(args.output, distiller.refresher.fingerprint, prototypes.counts)
     print(f"{args.output}: prototypes of {int((prototypes.counts > 0).sum())} classes.")

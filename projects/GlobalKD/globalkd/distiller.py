@@ -222,8 +222,8 @@ class Distiller(nn.Module):
                 "does, before the trainer resumes."
             )
         self._prepared = iteration
-        if iteration == 0 and self.inherit_teacher_heads:
-            inherit_heads(student, self.teacher.model)
+        if iteration == 0:
+            self.start(student)
         if self.bank is None or self.factor(iteration) == 0:
             return
         if self.refresher is None:
@@ -236,6 +236,11 @@ class Distiller(nn.Module):
             self.refresher.refresh_from(self.reservoir, self.bank, iteration)
         else:
             self.refresh(student)
+
+    def start(self, student: nn.Module) -> None:
+        """What comes once, before prototypes and the first step: inherited heads, if asked for."""
+        if self.inherit_teacher_heads:
+            inherit_heads(student, self.teacher.model)
 
     def refresh(
         self, student: nn.Module, num_images: Optional[int] = None

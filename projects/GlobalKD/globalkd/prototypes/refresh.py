@@ -35,6 +35,7 @@ from .extraction import (
     extraction_records,
     usable_boxes,
 )
+from .fingerprint import settings_of, with_contents
 from .generation import generate_prototypes, rows_by_class
 from .reservoir import InstanceReservoir
 from .settings import GenerationSettings, ImageSource
@@ -56,7 +57,7 @@ class PrototypeRefresher:
         mode: str = "pass",
         reservoir_size: int = 256,
         file: str = "",
-        fingerprint: Optional[dict] = None,
+        settings: Optional[dict] = None,
     ):
         """
         Args:
@@ -68,7 +69,7 @@ class PrototypeRefresher:
                 prototypes that a bank has none of come from a pass in any case.
             reservoir_size: for "harvest", the instances that each class keeps in each process.
             file: prototypes to start from instead of generating them.
-            fingerprint: what `file` must have been made with, and what saved files say.
+            settings: what `file` must have been made with; see `fingerprint`.
         """
         if refresh_epochs < 0:
             raise ValueError(
@@ -91,23 +92,12 @@ class PrototypeRefresher:
         self.mode = mode
         self.reservoir_size = reservoir_size
         self.file = file
-        self.fingerprint = fingerprint or {}
+        self.settings = settings or {}
 
     @classmethod
     def from_config(cls, cfg):
         node = cfg.MODEL.GLOBALKD
         generation = GenerationSettings.from_config(cfg)
-        fingerprint = {
-            "teacher_config": node.TEACHER.CONFIG_FILE,
-            "teacher_weights": node.TEACHER.WEIGHTS,
-            "teacher_opts": [str(x) for x in node.TEACHER.OPTS],
-            "teacher_input_scale": node.TEACHER.INPUT_SCALE,
-            "input_size": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST],
-            "pooler_resolution": node.POOLER_RESOLUTION,
-            "student_weights": cfg.MODEL.WEIGHTS,
-            "datasets": list(cfg.DATASETS.TRAIN),
-            **{k.lower(): v for k, v in node.PROTOTYPES.items() if k not in _NOT_IN_FINGERPRINT},
-        }
         return {
             "source": ImageSource.from_config(cfg),
             "generation": generation,
@@ -116,8 +106,13 @@ class PrototypeRefresher:
             "mode": node.PROTOTYPES.REFRESH,
             "reservoir_size": node.PROTOTYPES.RESERVOIR_SIZE,
             "file": node.PROTOTYPES.FILE,
-            "fingerprint": fingerprint,
+            "settings": settings_of(cfg),
         }
+
+    @cached_property
+    def fingerprint(self) -> dict:
+        """What prototypes are made with here, as prototype files carry it."""
+        return with_contents(self.settings)
 
     @cached_property
     def _dataset(self):
@@ -265,9 +260,6 @@ class PrototypeRefresher:
         """Fill the bank from `file`."""
         bank.load(self.file, expect=self.fingerprint)
         logger.info(f"Prototypes loaded from {self.file}.")
-
-
-_NOT_IN_FINGERPRINT = ("FILE", "FEATURE_DIR", "REFRESH", "REFRESH_EPOCHS", "RESERVOIR_SIZE")
 
 
 def _log_refresh(counts: Tensor, bank: PrototypeBank, extraction: float, total: float) -> None:

@@ -8,7 +8,6 @@ from typing import List, Optional, Sequence
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
@@ -16,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..config_reading import load_config
+from ..data.class_names import class_names
 from ..safe_loading import SafeCheckpointer
 from ..sparse_roi_align import TeacherROIAlign
 from .teacher import Teacher
@@ -98,8 +98,13 @@ def _default_weights(config_file: str, cfg: CfgNode) -> str:
 
 
 def _class_names(cfg: CfgNode) -> List[str]:
-    names = [MetadataCatalog.get(d).get("thing_classes", []) for d in cfg.DATASETS.TRAIN]
-    return list(names[0]) if names else []
+    names = class_names(cfg, cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
+    if not names:
+        logger.warning(
+            f"The names of the teacher's classes are not known (DATASETS.TRAIN of its config: "
+            f"{list(cfg.DATASETS.TRAIN)}), so that they are not compared with the student's."
+        )
+    return names
 
 
 class ReportingCheckpointer(SafeCheckpointer):
