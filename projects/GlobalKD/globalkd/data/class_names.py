@@ -12,8 +12,9 @@ from .registration import read_categories
 def class_names(cfg: CfgNode, dataset: str) -> List[str]:
     """Names in the order of their labels.
 
-    The config's own DATASETS.COCO and DATASETS.VOC come first: in another config the same name may
-    stand for other data, and a teacher's datasets need not be registered.
+    The config's own DATASETS.COCO and DATASETS.VOC come first, where their files are there: in
+    another config the same name may stand for other data, and a teacher's datasets need not be
+    registered.
 
     Args:
         cfg: a config with the keys of `add_globalkd_config`.
@@ -29,5 +30,4 @@ def class_names(cfg: CfgNode, dataset: str) -> List[str]:
     for name, _, _, classes in cfg.DATASETS.VOC:
         if name == dataset:
             return list(classes)
-    own = {entry[0] for entry in (*cfg.DATASETS.COCO, *cfg.DATASETS.VOC)}
-    return [] if dataset in own else list(MetadataCatalog.get(dataset).get("thing_classes", []))
+    return list(MetadataCatalog.get(dataset).get("thing_classes", []))
