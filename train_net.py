@@ -4,10 +4,15 @@
     train_net.py --config-file configs/gkd_R101_R50.yaml --num-gpus 8
     train_net.py --config-file configs/gkd_R101_R50.yaml --eval-only MODEL.WEIGHTS model_final.pth
 
-The flags are Detectron2's own, and --timeout; `KEY VALUE` pairs at the end override the
-configuration. SIGTERM and Ctrl-C save a checkpoint after the running step and end with code 143 or
-130; --resume goes on as if nothing had happened.
+The flags are Detectron2's own, --import and --timeout; `KEY VALUE` pairs at the end override the
+configuration. --eval-only leaves a config.yaml in OUTPUT_DIR as it is. SIGTERM and Ctrl-C save a
+checkpoint after the running step and end with code 143 or 130; --resume goes on as if nothing had
+happened.
 """
+
+import os
+import shutil
+from contextlib import contextmanager, nullcontext
 
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -16,8 +21,10 @@ from detectron2.utils.logger import setup_logger
 
 from globalkd import register_datasets
 from globalkd.config_reading import load_config
+from globalkd.data.config_checks import check_data
 from globalkd.engine.launching import launch
 from globalkd.engine.trainer import DistillTrainer, fall_back_to_cpu
+from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
 
 
@@ -25,18 +32,35 @@ def setup(args):
     """Read the configuration and prepare logging, devices and datasets."""
     cfg = load_config(args.config_file, args.opts)
     fall_back_to_cpu(cfg)
-    if args.eval_only:
-        cfg.MODEL.GLOBALKD.ENABLED = False  # a student alone: no teacher is needed
     cfg.freeze()
-    default_setup(cfg, args)
+    with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) if args.eval_only else nullcontext():
+        default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="globalkd")
-    register_datasets(cfg)
+    register_datasets(cfg, names=cfg.DATASETS.TEST if args.eval_only else None)
     return cfg
+
+
+@contextmanager
+def kept(path):
+    """Undo what the main process writes to a file: a run's config.yaml tells how it was trained."""
+    if not comm.is_main_process() or not os.path.isfile(path):
+        yield
+        return
+    copy = f"{path}.kept"
+    shutil.copy2(path, copy)
+    try:
+        yield
+    finally:
+        os.replace(copy, path)
 
 
 def evaluate(cfg, args):
     """Evaluate the weights of the configuration on its test datasets."""
-    model = DistillTrainer.build_model(cfg)
+    check_data(cfg, train=False)
+    alone = cfg.clone()
+    alone.defrost()
+    alone.MODEL.GLOBALKD.ENABLED = False  # a student alone: no teacher is needed
+    model = DistillTrainer.build_model(alone)
     allow_pickle = cfg.MODEL.GLOBALKD.ALLOW_PICKLE
     checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, allow_pickle=allow_pickle)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -47,6 +71,7 @@ def evaluate(cfg, args):
 
 
 def main(args):
+    import_modules(args.imports)
     cfg = setup(args)
     if args.eval_only:
         return evaluate(cfg, args)
@@ -60,5 +85,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--timeout", type=float, default=30, metavar="MINUTES", help="longest wait for a process"
     )
+    add_import_argument(parser)
     args = parser.parse_args()
     launch(main, args, timeout_minutes=args.timeout)

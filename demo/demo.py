@@ -4,8 +4,8 @@
     demo/demo.py --config-file output/gkd_R101_R50/config.yaml --input photos/ --output found/
 
 As in Detectron2's demo; no teacher is needed. Written are a picture for each image (or a video)
-and detections.json. The weights are those of the run: model_final.pth in OUTPUT_DIR, unless
-`--opts MODEL.WEIGHTS ...` says otherwise.
+and detections.json. Exit status 1 if a file could not be read or written. The weights are those of
+the run: model_final.pth in OUTPUT_DIR, unless `--opts MODEL.WEIGHTS ...` says otherwise.
 """
 
 import argparse
@@ -13,10 +13,11 @@ import glob
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 
 import cv2
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
@@ -26,7 +27,9 @@ from tqdm import tqdm
 
 from globalkd import register_datasets
 from globalkd.config_reading import load_config
+from globalkd.data.unreadable import UNREADABLE
 from globalkd.engine.trainer import fall_back_to_cpu
+from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
 
 logger = logging.getLogger("globalkd.demo")
@@ -84,14 +87,34 @@ def list_images(inputs):
     return files
 
 
+def refuse_inputs_as_targets(inputs, targets):
+    """Raise ValueError where a file to write is one of the inputs, under whatever name."""
+
+    def identity(path):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+
+    known = {identity(path): path for path in inputs if os.path.exists(path)}
+    for target in filter(os.path.exists, targets):
+        if path := known.get(identity(target)):
+            raise ValueError(f"--output: {target} would replace the input {path}.")
+
+
+def name_classes(names, labels):
+    """Names of all classes up to the largest label: a number where there is no name."""
+    return [*names, *map(str, range(len(names), 1 + max(labels, default=-1)))]
+
+
 def as_json(instances, names):
     """Detections as a list of dicts: category_id, category, score, bbox (x, y, width, height)."""
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
-    rows = zip(instances.pred_classes.tolist(), instances.scores.tolist(), boxes.tolist())
+    labels = instances.pred_classes.tolist()
+    names = name_classes(names, labels)
+    rows = zip(labels, instances.scores.tolist(), boxes.tolist())
     return [
         {
             "category_id": label,
-            "category": names[label] if names else str(label),
+            "category": names[label],
             "score": round(score, 4),
             "bbox": [round(x, 2) for x in box],
         }
@@ -111,27 +134,50 @@ class Demo:
             cfg.MODEL.WEIGHTS
         )
         self.names = class_names(cfg)
-        self.metadata = MetadataCatalog.get("__globalkd_demo")
-        if self.names:
-            self.metadata.set(thing_classes=self.names)
 
     def __call__(self, image):
         """(H, W, 3) BGR image -> the picture, likewise, and the detections for JSON."""
         found = self.predictor(image)["instances"].to("cpu")
-        drawing = Visualizer(image[:, :, ::-1], self.metadata).draw_instance_predictions(found)
+        names = name_classes(self.names, found.pred_classes.tolist())
+        visualizer = Visualizer(image[:, :, ::-1], Metadata(thing_classes=names))
+        drawing = visualizer.draw_instance_predictions(found)
         return drawing.get_image()[:, :, ::-1], as_json(found, self.names)
 
 
 def run_on_images(demo, files, folder):
-    """Detections of every file, in order; a picture of each is written into the folder."""
-    results = []
+    """Write a picture of each file into the folder; what fails is named and left out.
+
+    Returns:
+        The detections in the files that could be read, in order, and the number of failures.
+    """
+    results, failures = [], 0
     for path in tqdm(files, unit="image", disable=None):
-        image = read_image(str(path), format="BGR")
+        try:
+            image = read_image(str(path), format="BGR")
+        except UNREADABLE as error:
+            logger.error(f"{path} cannot be read: {type(error).__name__}: {error}")
+            failures += 1
+            continue
         picture, detections = demo(image)
-        cv2.imwrite(str(folder / path.name), picture)
+        if not write_picture(folder / path.name, picture):
+            logger.error(f"{folder / path.name} cannot be written; its detections are kept.")
+            failures += 1
         size = {"width": image.shape[1], "height": image.shape[0]}
         results.append({"file_name": str(path), **size, "detections": detections})
-    return results
+    return results, failures
+
+
+def write_picture(path, picture):
+    """Whether a picture could be written: OpenCV must know its ending, and there must be room."""
+    try:
+        return cv2.imwrite(str(path), picture)
+    except cv2.error:
+        return False
+
+
+def video_target(path, folder):
+    """The MP4 file that is made of a video."""
+    return folder / f"{Path(path).stem}.mp4"
 
 
 def run_on_video(demo, path, folder):
@@ -140,7 +186,7 @@ def run_on_video(demo, path, folder):
     if not video.isOpened():
         raise FileNotFoundError(f"--video-input {path}: OpenCV cannot read it.")
     size = int(video.get(cv2.CAP_PROP_FRAME_WIDTH)), int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    target = str(folder / f"{Path(path).stem}.mp4")
+    target = str(video_target(path, folder))
     rate = video.get(cv2.CAP_PROP_FPS)
     writer = cv2.VideoWriter(target, cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
     results = []
@@ -168,6 +214,7 @@ def get_parser():
     source.add_argument("--video-input", help="a video file")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="least score shown")
+    add_import_argument(parser)
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
     )
@@ -178,17 +225,27 @@ def main():
     args = get_parser().parse_args()
     setup_logger(name="fvcore")
     setup_logger(name="globalkd")
-    demo = Demo(setup(args))
-    folder = Path(args.output)
+    import_modules(args.imports)
+    cfg, folder = setup(args), Path(args.output)
+    if args.video_input:
+        files, targets = [args.video_input], [video_target(args.video_input, folder)]
+    else:
+        files = list_images(args.input)
+        targets = [folder / path.name for path in files]
+    refuse_inputs_as_targets(files, [*targets, folder / "detections.json"])
+    demo = Demo(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     if args.video_input:
-        results = run_on_video(demo, args.video_input, folder)
+        results, failures = run_on_video(demo, args.video_input, folder), 0
     else:
-        results = run_on_images(demo, list_images(args.input), folder)
+        results, failures = run_on_images(demo, files, folder)
     (folder / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
     count = sum(len(r["detections"]) for r in results)
     print(f"{count} detections in {len(results)} images; pictures and detections.json in {folder}")
+    if failures:
+        print(f"{failures} files could not be read or written: see above.")
+    return int(failures > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

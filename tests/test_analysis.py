@@ -1,13 +1,11 @@
 """Looking at runs: loading, reliability of annotations, the demo's table and pictures."""
 
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from globalkd.analysis.annotations import Annotations, dataset_annotations
 from globalkd.analysis.curves import draw_curves
@@ -21,9 +19,7 @@ from globalkd.analysis.reliability import (
 from globalkd.analysis.runs import load_run, read_config, read_metrics
 from globalkd.data import register_datasets
 from globalkd.engine.trainer import DistillTrainer
-
-sys.path.insert(0, str(ROOT / "tools"))
-from demo import METRICS, table
+from globalkd.experiments.tables import COLUMNS, render_detectors
 
 
 def test_auc_counts_pairs():
@@ -48,11 +44,10 @@ def test_what_is_no_run_is_named(tmp_path):
 
 
 def test_the_table_gives_mean_and_spread_over_seeds():
-    columns = [*METRICS, "seconds_per_step"]
-    one = {column: [10.0] for column in columns}
-    two = {column: [10.0, 20.0] for column in columns}
-    lines = table({"teacher": one, "plain": two, "distilled": two}).splitlines()
-    assert len(lines) == 5 and all(line.count("|") == len(columns) + 2 for line in lines)
+    one = {column: [10.0] for column in COLUMNS}
+    two = {column: [10.0, 20.0] for column in COLUMNS}
+    lines = render_detectors({"teacher": one, "plain": two, "distilled": two}).splitlines()
+    assert len(lines) == 5 and all(line.count("|") == len(COLUMNS) + 2 for line in lines)
     assert "| 10.00 |" in lines[2] and "15.00 ± 7.07" in lines[3]
 
 

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import sys
+from collections import Counter
 
 import pytest
 from conftest import ROOT
 from detectron2.modeling import build_model
 
 from globalkd.analysis.checks.check import check_run, check_settings
+from globalkd.analysis.checks.data import check_datasets
 from globalkd.analysis.checks.report import CheckReport
 from globalkd.analysis.checks.step import Forecast, forecast, measure_terms
 from globalkd.analysis.components import list_components
@@ -77,6 +79,67 @@ def test_data_that_cannot_be_trained_on_are_problems(tiny_cfg, checked, scenes, 
     assert "10 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 7" in problems
     assert "1 of 12 image files are missing" in problems and "lost.png" in problems
     assert "dropped 1 boxes" in warnings
+
+
+def add_test_set(cfg, scenes, path, change):
+    """Let DATASETS.TEST be a changed copy of the validation scenes."""
+    content = json.loads((scenes / "val.json").read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    name = f"changed_{path.parent.name}"
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, [name, str(path), str(scenes / "val")]]
+    cfg.DATASETS.TEST = (name,)
+    return name
+
+
+@pytest.mark.faults
+def test_other_classes_in_the_test_set_are_a_problem_that_hides_none(
+    tiny_cfg, checked, scenes, tmp_path
+):
+    def change(content):
+        content["categories"] = content["categories"][:8]  # a shorter list, in another order
+        content["categories"][0]["name"], content["categories"][1]["name"] = "1", "0"
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] <= 7]
+
+    cfg = tiny_cfg("rcnn", "MODEL.ROI_HEADS.NUM_CLASSES", 9, distill=False)
+    name = add_test_set(cfg, scenes, tmp_path / "x.json", change)
+    cfg.MODEL.WEIGHTS = "nowhere/student.pth"
+    report, text = checked(cfg)
+    problems = "\n".join(report.problems)
+    assert "DATASETS.TRAIN and DATASETS.TEST differ" in problems and f"{name} has 8" in problems
+    assert "has 10 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 9" in problems
+    assert "nowhere/student.pth" in problems and len(report.problems) == 3
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+    count = Counter(
+        str(a["category_id"]) for a in json.loads((scenes / "val.json").read_text())["annotations"]
+    )
+    assert rows["1"][2] == str(count["0"])  # the row of a name, not of a place
+    assert rows["9"][2:] == ["-", "-"]
+
+
+@pytest.mark.faults
+def test_an_empty_test_set_is_named_by_its_own_name(tiny_cfg, checked, scenes, tmp_path):
+    cfg = tiny_cfg("rcnn")
+    name = add_test_set(
+        cfg, scenes, tmp_path / "x.json", lambda content: content.update(images=[], annotations=[])
+    )
+    report, text = checked(cfg)
+    assert report.problems == [f"Datasets: DATASETS.TEST: '{name}' has no images to evaluate on"]
+    assert "_first_" not in text and "== Levels" in text
+
+
+@pytest.mark.faults
+def test_a_misspelt_dataset_is_told_as_in_training(tiny_cfg):
+    cfg = tiny_cfg("rcnn")
+    register_datasets(cfg)
+    name = cfg.DATASETS.TRAIN[0]
+    cfg.DATASETS.TRAIN = (name + "s",)
+    report = CheckReport(lambda text: None)
+    assert not check_datasets(cfg, report, num_gpus=1)
+    (problem,) = report.problems
+    assert (
+        problem.startswith(f"Datasets: DATASETS.TRAIN names '{name}s'") and f"'{name}'?" in problem
+    )
 
 
 def test_schedules_that_contradict_themselves_are_told(tiny_cfg):

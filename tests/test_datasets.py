@@ -187,6 +187,51 @@ def test_boxes_of_no_area_or_outside_the_image_are_dropped_with_one_warning(tmp_
     assert "mine: dropped 5 boxes" in warning and "in 1 images: a.png" in warning
 
 
+def write_shapes(folder, shapes):
+    """`write_coco` with an annotation of each segmentation, all with the same box."""
+    entry = write_coco(folder, boxes=[[5, 5, 9, 9]] * len(shapes))
+    content = json.loads((folder / "all.json").read_text())
+    for annotation, shape in zip(content["annotations"], shapes):
+        annotation["segmentation"] = shape
+    (folder / "all.json").write_text(json.dumps(content))
+    return entry
+
+
+TRIANGLE = [5, 5, 14, 5, 14, 14]
+UNUSABLE = [[[]], [[5, 5, 14, 14]], [[5, 5, 14, 5, 14, 14, 5]], TRIANGLE, {"size": [30, 40]}, "x"]
+
+
+def test_an_unusable_segmentation_does_not_cost_the_box(tmp_path, caplog):
+    usable = [[TRIANGLE], [[], TRIANGLE], [], {"size": [30, 40], "counts": [0, 20, 1180]}]
+    register_datasets(config(coco=[write_shapes(tmp_path, UNUSABLE + usable)]))
+    with caplog.at_level(logging.WARNING, logger="globalkd"):
+        (record,) = DatasetCatalog.get("mine")
+    assert [a["bbox"] for a in record["annotations"]] == [[5, 5, 9, 9]] * 10
+    shapes = [a.get("segmentation") for a in record["annotations"]]
+    assert shapes[:9] == [None] * 6 + [[TRIANGLE], [TRIANGLE], None] and "counts" in shapes[9]
+    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("globalkd")]
+    assert "mine: left out 6 segmentations" in warning and "boxes are kept" in warning
+
+
+def test_where_masks_are_trained_detectron2_drops_it_with_its_box(tmp_path):
+    cfg = config(coco=[write_shapes(tmp_path, [[[]], [TRIANGLE]])])
+    cfg.MODEL.MASK_ON = True
+    register_datasets(cfg)
+    (annotation,) = DatasetCatalog.get("mine")[0]["annotations"]
+    assert annotation["segmentation"] == [TRIANGLE]
+
+
+def test_only_the_named_datasets_need_their_files(tmp_path):
+    entry = write_coco(tmp_path / "coco", boxes=[])
+    voc = ["other", *write_voc(tmp_path / "voc", [])[1:]]
+    gone = [["gone", "gone.json", "gone"], ["lost", "lost", "some", ["cat"]]]
+    cfg = config(coco=[entry, gone[0]], voc=[voc, gone[1]])
+    register_datasets(cfg, names=("mine", "other"))
+    assert {"mine", "other"} <= set(DatasetCatalog) and "gone" not in DatasetCatalog
+    with pytest.raises(FileNotFoundError, match="gone.json"):
+        register_datasets(cfg)
+
+
 def test_clean_data_gives_no_warning(tmp_path, caplog):
     register_datasets(config(coco=[write_coco(tmp_path, boxes=[[0, 0, 5, 5]])]))
     with caplog.at_level(logging.WARNING, logger="globalkd"):

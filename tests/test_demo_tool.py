@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 spec = importlib.util.spec_from_file_location("demo_on_images", ROOT / "demo" / "demo.py")
 demo = importlib.util.module_from_spec(spec)
@@ -32,7 +33,7 @@ def config_file(tiny_cfg, monkeypatch):
 
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, args)])
-    demo.main()
+    return demo.main()
 
 
 def test_a_folder_gives_a_picture_and_detections_an_image(
@@ -40,8 +41,9 @@ def test_a_folder_gives_a_picture_and_detections_an_image(
 ):
     found = tmp_path / "found"
     threshold = ("--confidence-threshold", 0.08)
-    run(monkeypatch, "--config-file", config_file, "--input", scenes / "val", "--output", found,
-        *threshold)  # fmt: skip
+    status = run(monkeypatch, "--config-file", config_file, "--input", scenes / "val", "--output",
+                 found, *threshold)  # fmt: skip
+    assert status == 0
     results = json.loads((found / "detections.json").read_text())
     assert [Path(r["file_name"]).name for r in results] == sorted(
         p.name for p in (scenes / "val").iterdir()
@@ -89,6 +91,90 @@ def test_input_that_is_not_there_is_named(tmp_path):
     assert len(demo.list_images([str(tmp_path / "a")])) == 1
     with pytest.raises(ValueError, match="files of one name, such as x.png"):
         demo.list_images([str(tmp_path / "*" / "x.png")])
+
+
+@pytest.fixture
+def images(scenes, tmp_path):
+    """A folder of two scenes, which a test may spoil."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, path in zip(("a.png", "b.png"), sorted((scenes / "val").iterdir())):
+        (folder / name).write_bytes(path.read_bytes())
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("link", [False, True])
+def test_images_are_not_replaced_by_their_pictures(config_file, images, monkeypatch, link):
+    output = images
+    if link:  # the folder is another, but one of its files is an input
+        output = images.parent / "links"
+        output.mkdir()
+        (output / "b.png").symlink_to(images / "b.png")
+    before = contents(images)
+    with pytest.raises(ValueError, match=r"would replace the input .*images/(a|b).png"):
+        run(monkeypatch, "--config-file", config_file, "--input", images, "--output", output)
+    assert contents(images) == before and not (output / "detections.json").exists()
+
+
+@pytest.mark.faults
+def test_a_film_is_not_replaced_by_its_pictures(config_file, tmp_path, monkeypatch):
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"a film")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="film.mp4 would replace the input film.mp4"):
+        run(monkeypatch, "--config-file", config_file, "--video-input", "film.mp4", "--output", ".")
+    assert film.read_bytes() == b"a film"
+
+
+@pytest.mark.faults
+def test_an_image_that_cannot_be_read_costs_no_other(config_file, images, monkeypatch):
+    said = []
+    monkeypatch.setattr(demo.logger, "error", said.append)
+    whole = (images / "a.png").read_bytes()
+    (images / "a.png").write_bytes(whole[: len(whole) // 2])
+    (images / "c.png").write_bytes(b"no image")
+    found = images.parent / "found"
+    status = run(monkeypatch, "--config-file", config_file, "--input", images, "--output", found)
+    assert status == 1
+    assert [text.split(" cannot")[0] for text in said] == [f"{images / x}.png" for x in "ac"]
+    (result,) = json.loads((found / "detections.json").read_text())
+    assert result["file_name"] == str(images / "b.png")
+    assert sorted(contents(found)) == ["b.png", "detections.json"]
+
+
+@pytest.mark.faults
+def test_detections_outlive_a_picture_that_cannot_be_written(config_file, images, monkeypatch):
+    said = []
+    monkeypatch.setattr(demo.logger, "error", said.append)
+    (images / "a.png").rename(images / "a.strange")
+    found = images.parent / "found"
+    both = (images / "a.strange", images / "b.png")
+    status = run(monkeypatch, "--config-file", config_file, "--input", *both, "--output", found)
+    assert status == 1 and len(said) == 1 and "a.strange cannot be written" in said[0]
+    assert len(json.loads((found / "detections.json").read_text())) == 2
+    assert sorted(contents(found)) == ["b.png", "detections.json"]
+
+
+def test_a_class_without_a_name_is_a_number(config_file, monkeypatch):
+    found = Instances((64, 64), pred_boxes=Boxes(torch.tensor([[0.0, 0, 9, 9], [9, 9, 20, 20]])))
+    found.pred_classes, found.scores = torch.tensor([1, 7]), torch.tensor([0.9, 0.8])
+    assert [row["category"] for row in demo.as_json(found, ["RBC", "WBC"])] == ["WBC", "7"]
+    assert [row["category"] for row in demo.as_json(found, [])] == ["1", "7"]
+    assert demo.as_json(found[:0], ["RBC"]) == []
+    # Drawn as well: Detectron2's visualizer looks every label up.
+    monkeypatch.setattr(demo, "class_names", lambda cfg: ["RBC", "WBC"])
+    args = demo.get_parser().parse_args(
+        ["--config-file", str(config_file), "--input", "x", "--output", "x"]
+    )
+    model = demo.Demo(demo.setup(args))
+    model.predictor = lambda image: {"instances": found}
+    picture, rows = model(np.zeros((64, 64, 3), np.uint8))
+    assert picture.any() and len(rows) == 2
 
 
 def test_class_names_come_from_the_config_where_the_data_are_not_here(tiny_cfg, tmp_path):

@@ -263,6 +263,28 @@ def test_a_json_without_area_and_iscrowd_is_evaluated(cfg, tmp_path, monkeypatch
     assert results["AP"] == results["APs"] == results["AP-clean"] == pytest.approx(100)
 
 
+@pytest.mark.parametrize("implementation", [evaluation.FastestCOCOeval, COCOeval])
+@pytest.mark.parametrize("kind", ["from 0", "negative", "text"])
+def test_ids_of_annotations_do_not_change_the_numbers(
+    cfg, tmp_path, monkeypatch, implementation, kind
+):
+    monkeypatch.setattr(evaluation, "FastestCOCOeval", implementation)
+    new_id = {"from 0": lambda i: i, "negative": lambda i: -1 - i, "text": lambda i: f"box {i}"}
+    entry = write_coco(tmp_path, ambiguous=True)
+    content = json.loads(Path(entry[1]).read_text())
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["id"] = new_id[kind](i)
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    register_datasets_of(cfg, coco=[entry, ["other", str(tmp_path / "other.json"), entry[2]]])
+
+    def predict(record):
+        return noisy_detections(record, np.random.default_rng(record["image_id"]), num_classes=3)
+
+    usual, other = build_evaluator(cfg, "mine"), build_evaluator(cfg, "other")
+    assert evaluate(other, "other", truth_as_detections)["AP"] == pytest.approx(100)
+    assert_equal(evaluate(other, "other", predict), evaluate(usual, "mine", predict))
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_voc_numbers_equal_detectron2(cfg, tmp_path, seed):
     write_voc(tmp_path / "voc", seed=seed)

@@ -1,15 +1,24 @@
 """Exported students: weights to the bit, graphs up to rounding, on images of any size."""
 
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from detectron2.modeling import build_model
 
 from globalkd.analysis import graph_export
-from globalkd.analysis.export import compare, export_student
+from globalkd.analysis.export import export_student
+from globalkd.analysis.export_check import compare
 from globalkd.analysis.graph_export import Detections, detect, write_torchscript
+
+sys.path.insert(0, str(ROOT / "tools"))
+import export_student as export_tool
 
 both = pytest.mark.parametrize("kind", ["rcnn", "retinanet"])
 needs_onnx = pytest.mark.skipif(
@@ -92,6 +101,116 @@ def test_what_onnx_does_not_know_is_an_error_with_a_way_out(run_folder, tmp_path
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(RuntimeError, match=r"aten::strange. TorchScript \(.ts\)"):
         export_student(str(run_folder("rcnn")), str(tmp_path / "student.onnx"))
+    assert not list(tmp_path.glob("student*"))
+
+
+STOCK = """
+import sys, torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+cfg = get_cfg()
+cfg.merge_from_file("student_config.yaml")
+model = build_model(cfg)
+DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+saved, loaded = torch.load("student.pth")["model"], model.state_dict()
+assert set(saved) == set(loaded) and all(torch.equal(loaded[k], saved[k]) for k in saved)
+assert not any("globalkd" in name for name in sys.modules)
+print(type(model).__name__, cfg.OUTPUT_DIR)
+"""
+
+
+@both
+def test_the_configuration_beside_weights_is_one_of_stock_detectron2(
+    run_folder, tmp_path, monkeypatch, kind
+):
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder(kind)
+    export_student(str(folder), "student.pth", num_images=1)
+    command = [sys.executable, "-W", "ignore", "-c", STOCK]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    names = {"rcnn": "GeneralizedRCNN", "retinanet": "RetinaNet"}
+    assert result.stdout.split() == [names[kind], str(folder)]
+
+
+@pytest.fixture
+def moved_run(run_folder, scenes):
+    """A run whose configuration names a data set that is not there, and a GPU."""
+    folder = run_folder("rcnn")
+    path = folder / "config.yaml"
+    text = path.read_text().replace(str(scenes), str(scenes / "moved"))
+    path.write_text(text.replace("DEVICE: cpu", "DEVICE: cuda:0"))
+    return folder
+
+
+@pytest.fixture
+def warned():
+    """The texts of all warnings, whatever has set up logging before."""
+    texts = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())
+    logging.getLogger("globalkd").addHandler(handler)
+    yield texts
+    logging.getLogger("globalkd").removeHandler(handler)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_weights_need_neither_the_data_nor_the_device_of_the_run(
+    moved_run, tmp_path, warned, ending
+):
+    agreement = export_student(str(moved_run), str(tmp_path / f"student{ending}"))
+    assert (agreement.images, agreement.detections) == (0, 0)
+    assert (tmp_path / f"student{ending}").is_file()
+    assert "DEVICE: cuda:0" in (tmp_path / "student_config.yaml").read_text()
+    text = " ".join(warned)
+    assert "Comparing detections on test images is skipped" in text and "moved/val.json" in text
+    assert "MODEL.DEVICE is cpu instead of cuda:0" in text and "nothing was compared" in text
+
+
+@pytest.mark.faults
+def test_a_graph_needs_an_image(moved_run, tmp_path):
+    path = str(tmp_path / "student.ts")
+    with pytest.raises(FileNotFoundError, match="moved"):
+        export_student(str(moved_run), path)
+    with pytest.raises(ValueError, match="--images is 0"):
+        export_student(str(moved_run), path, num_images=0)
+    assert not list(tmp_path.glob("student*"))
+
+
+def test_overrides_say_where_the_data_lie_now(moved_run, scenes, tmp_path, warned):
+    datasets = repr([["export_here", str(scenes / "val.json"), str(scenes / "val")]])
+    opts = ["DATASETS.COCO", datasets, "DATASETS.TEST", "['export_here']", "MODEL.DEVICE", "cpu"]
+    agreement = export_student(str(moved_run), str(tmp_path / "student.pth"), opts=opts)
+    assert agreement.images == 4 and agreement.detections > 0 and warned == []
+
+
+def test_where_nothing_is_detected_nothing_is_said_to_agree(
+    run_folder, tmp_path, monkeypatch, warned, capsys
+):
+    path = str(tmp_path / "student.pth")
+    opts = ["--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.99"]
+    monkeypatch.setattr(sys, "argv", ["x", str(run_folder("rcnn")), "--output", path, *opts])
+    export_tool.main()
+    assert any("nothing was compared: no detection on 4 test images" in text for text in warned)
+    said = capsys.readouterr().out
+    assert "NOT compared" in said and "equal detections" not in said
+
+
+@pytest.mark.faults
+def test_weights_that_are_read_back_otherwise_are_not_written(run_folder, tmp_path, monkeypatch):
+    folder, save = run_folder("rcnn"), torch.save
+
+    def forget_one(content, path):
+        content["model"].popitem()
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", forget_one)
+    with pytest.raises(RuntimeError, match="not read back as they were"):
+        export_student(str(folder), str(tmp_path / "student.pth"), num_images=0)
     assert not list(tmp_path.glob("student*"))
 
 

@@ -263,6 +263,18 @@ def test_unknown_loss_names_the_key_and_what_is_registered(tiny_cfg):
 
 
 @pytest.mark.faults
+def test_a_teacher_of_other_classes_can_teach_what_compares_no_predictions(tiny_cfg):
+    cfg = tiny_cfg("rcnn")
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = ["MODEL.ROI_HEADS.NUM_CLASSES", 12]
+    remedy = r"out of MODEL.GLOBALKD.LOSSES and set MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True"
+    with pytest.raises(ValueError, match=rf"\['ResponseKnowledge'\] compare .*{remedy}"):
+        build(cfg)
+    cfg.MODEL.GLOBALKD.LOSSES = ["GlobalKnowledge", "FeatureKnowledge"]
+    cfg.MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES = True
+    assert build(cfg).distiller.teacher.num_classes == 12
+
+
+@pytest.mark.faults
 def test_no_loss_with_a_weight_is_refused(tiny_cfg):
     with pytest.raises(ValueError, match="ENABLED False"):
         build(tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", []))

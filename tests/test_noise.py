@@ -187,6 +187,25 @@ def test_the_part_writes_counts_list_picture_and_text(untrained_run, plain_run):
 
 
 @pytest.mark.faults
+def test_a_detector_of_other_classes_is_refused(untrained_run, capsys):
+    opts = ["--opts", "MODEL.GLOBALKD.TEACHER.OPTS", "['MODEL.ROI_HEADS.NUM_CLASSES', 12]"]
+    with pytest.raises(SystemExit):
+        analyze.main(["noise", str(untrained_run), *opts])
+    assert "The teacher detector has 12 classes and the dataset" in capsys.readouterr().err
+
+
+def test_overrides_reach_the_plain_run_too(untrained_run, plain_run, scenes):
+    """Its data lie where the other run's do now."""
+    for folder in (untrained_run, plain_run):
+        path = folder / "config.yaml"
+        path.write_text(path.read_text().replace(str(scenes), str(scenes / "moved")))
+    datasets = repr([["noise_here", str(scenes / "val.json"), str(scenes / "val")]])
+    opts = ["DATASETS.COCO", datasets, "DATASETS.TEST", "['noise_here']", "DATASETS.TRAIN", "[]"]
+    analyze.main(["noise", str(untrained_run), "--plain", str(plain_run), "--opts", *opts])
+    assert (untrained_run / "noise" / "summary.txt").is_file()
+
+
+@pytest.mark.faults
 def test_a_run_without_a_teacher_is_refused(plain_run, capsys):
     with pytest.raises(SystemExit):
         analyze.main(["noise", str(plain_run)])

@@ -175,6 +175,19 @@ def test_comparing_runs_gives_results_and_costs_with_the_teacher(runs, tmp_path)
     assert (tmp_path / "c" / "compare.png").stat().st_size > 0
 
 
+def test_runs_whose_data_lie_elsewhere_are_compared(runs, scenes, tmp_path):
+    for folder in runs:
+        path = Path(folder, "config.yaml")
+        path.write_text(path.read_text().replace(str(scenes), str(scenes / "moved")))
+    datasets = repr([["compare_here", str(scenes / "val.json"), str(scenes / "val")]])
+    opts = ["--opts", "DATASETS.COCO", datasets, "DATASETS.TEST", "['compare_here']"]
+    path = tmp_path / "report.html"
+    analyze.main(["report", runs[1], "--output", str(path), *opts])  # compares, by default
+    rows = list(csv.DictReader(Path(runs[1], "compare/compare.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["plain"] and float(rows[0]["GFLOPs"]) > 0
+    assert "compare_here" in check_self_contained(path.read_text()).text
+
+
 def test_a_teacher_among_the_runs_is_listed_once(runs, tmp_path):
     distilled, plain = runs
     path = Path(distilled, "config.yaml")

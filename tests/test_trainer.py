@@ -1,12 +1,26 @@
 """The trainer's checks before a run, and its small helpers."""
 
 import json
+import logging
+from collections import Counter
+from functools import partial
 
 import pytest
+from conftest import NARROW
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from globalkd.data import register_datasets
-from globalkd.engine.trainer import DistillTrainer, check_classes, fall_back_to_cpu, first_images
+from globalkd.engine.trainer import (
+    DistillTrainer,
+    check_classes,
+    check_data,
+    fall_back_to_cpu,
+    first_images,
+)
+
+pytestmark = pytest.mark.usefixtures("catalogs")
+DIGITS = [str(i) for i in range(10)]
 
 
 @pytest.fixture
@@ -36,17 +50,156 @@ def test_another_number_of_classes_is_refused_where_predictions_are_compared(cfg
         DistillTrainer.build_model(cfg)
 
 
-@pytest.mark.faults
-def test_an_empty_dataset_is_named(cfg, tmp_path):
-    empty = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
-    path = tmp_path / "empty.json"
-    path.write_text(json.dumps(empty))
-    name = f"empty_{tmp_path.name}"
-    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, [name, str(path), str(tmp_path)]]
-    cfg.DATASETS.TRAIN = (name,)
+def write_json(folder, *, classes=DIGITS, images=1):
+    """A COCO JSON of empty images; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(images)
+        ],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes)],
+    }
+    (folder / "all.json").write_text(json.dumps(content))
+    return str(folder / "all.json")
+
+
+def add_dataset(cfg, folder, name, key="TEST", **content):
+    """Register a dataset of `write_json` and let it be the only one of DATASETS.<key>."""
+    path = write_json(folder / name, **content)
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, [name, path, str(folder)]]
+    cfg.DATASETS[key] = (name,)
     register_datasets(cfg)
-    with pytest.raises(ValueError, match=f"DATASETS.TRAIN = .*{name}.*no image to train on"):
+
+
+@pytest.mark.faults
+def test_an_empty_training_set_is_named(cfg, tmp_path):
+    add_dataset(cfg, tmp_path, "empty", "TRAIN", images=0)
+    with pytest.raises(ValueError, match="DATASETS.TRAIN = .*empty.*no image to train on"):
         DistillTrainer.build_train_loader(cfg)
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch):
+    """Fails where a trainer gets as far as to build its model."""
+    monkeypatch.setattr(DistillTrainer, "build_model", lambda cfg: pytest.fail("a model is built"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("distill", [True, False])
+def test_an_empty_test_set_is_told_before_anything_is_built(
+    tiny_cfg, tmp_path, nothing_is_built, distill
+):
+    cfg = tiny_cfg("rcnn", distill=distill)
+    add_dataset(cfg, tmp_path, "empty", images=0)
+    with pytest.raises(ValueError, match="DATASETS.TEST: 'empty' has no images"):
+        DistillTrainer(cfg)
+    check_data(cfg, train=False)  # does not read it
+    with pytest.raises(ValueError, match="DATASETS.TEST: 'empty' has no images"):
+        DistillTrainer.build_test_loader(cfg, "empty")
+
+
+@pytest.mark.faults
+def test_a_damaged_test_set_is_told_before_anything_is_built(cfg, tmp_path, nothing_is_built):
+    add_dataset(cfg, tmp_path, "damaged")
+    path = tmp_path / "damaged/all.json"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match="damaged/all.json is not complete JSON"):
+        DistillTrainer(cfg)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_a_misspelt_dataset_is_named_with_the_nearest(tiny_cfg, nothing_is_built, key):
+    cfg = tiny_cfg("rcnn")
+    register_datasets(cfg)
+    name = cfg.DATASETS[key][0]
+    cfg.DATASETS[key] = (name + "s",)
+    with pytest.raises(ValueError, match=f"DATASETS.{key} names '{name}s'.* mean '{name}'\\?$"):
+        DistillTrainer(cfg)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (["cat", "dog"], "has 2: cat, dog"),
+        (DIGITS[:8], "has 8: 0, 1, 2, 3, 4, ...; label 8 is 8, nothing"),
+        ([*DIGITS[:8], "9", "8"], "label 8 is 8, 9"),
+    ],
+)
+def test_other_classes_in_the_test_set_end_a_plain_run_at_its_start(
+    tiny_cfg, tmp_path, nothing_is_built, allowed, classes, said
+):
+    """ALLOW_OTHER_CLASSES is about the teacher alone."""
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES", allowed, distill=False)
+    add_dataset(cfg, tmp_path, "other", classes=classes)
+    for check in (DistillTrainer, partial(check_data, train=False)):
+        with pytest.raises(ValueError, match=f"DATASETS.TRAIN and DATASETS.TEST differ: .*{said}"):
+            check(cfg)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("rcnn", "MODEL.ROI_HEADS.NUM_CLASSES"), ("retinanet", "MODEL.RETINANET.NUM_CLASSES")],
+)
+@pytest.mark.parametrize("distill", [True, False])
+def test_a_detector_of_fewer_classes_than_the_data_is_refused(
+    tiny_cfg, nothing_is_built, caplog, kind, key, distill
+):
+    cfg = tiny_cfg(kind, key, 9, distill=distill)
+    register_datasets(cfg)
+    with pytest.raises(ValueError, match=f"has 10 classes, but {key} is 9.* Set {key} 10"):
+        DistillTrainer(cfg)
+    for number, warnings in ((10, 0), (11, 1)):
+        cfg.merge_from_list([key, number])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="globalkd"):
+            check_data(cfg)
+        assert len([r for r in caplog.records if f"{key} is 11" in r.message]) == warnings
+
+
+def test_an_evaluation_alone_does_not_need_the_training_set(tiny_cfg, tmp_path):
+    cfg = tiny_cfg("rcnn", distill=False)
+    path = write_json(tmp_path / "far", classes=["cat"])
+    cfg.DATASETS.COCO = [cfg.DATASETS.COCO[1], ["far", path, str(tmp_path / "nowhere")]]
+    cfg.DATASETS.TRAIN = ("far",)
+    register_datasets(cfg, names=cfg.DATASETS.TEST)
+    with pytest.raises(ValueError, match="dataset far has 1: cat"):  # the JSON is here
+        check_data(cfg, train=False)
+    (tmp_path / "far/all.json").unlink()
+    check_data(cfg, train=False)
+    with pytest.raises(ValueError, match="DATASETS.TRAIN names 'far', which is not registered"):
+        check_data(cfg)
+
+
+def test_the_trainer_reads_each_dataset_once(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg("rcnn", *NARROW, distill=False)
+    register_datasets(cfg)
+    read, get = Counter(), DatasetCatalog.get
+
+    def counting(name):
+        read[name] += 1
+        return get(name)
+
+    monkeypatch.setattr(DatasetCatalog, "get", counting)
+    DistillTrainer(cfg)
+    assert read == {cfg.DATASETS.TRAIN[0]: 1, cfg.DATASETS.TEST[0]: 1}
+
+
+@pytest.mark.faults
+def test_classes_that_only_the_loaded_data_tell_are_compared_too(tiny_cfg, scenes, tmp_path):
+    cfg = tiny_cfg("rcnn", *NARROW, distill=False)
+    content = json.loads((scenes / "train.json").read_text())
+    content["categories"][9]["name"] = "nine"
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    register_coco_instances("foreign", {}, str(tmp_path / "x.json"), str(scenes / "train"))
+    cfg.DATASETS.TRAIN = ("foreign",)
+    register_datasets(cfg)
+    with pytest.raises(ValueError, match="label 9 is nine, 9"):
+        DistillTrainer(cfg)
 
 
 @pytest.mark.faults

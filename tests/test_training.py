@@ -17,9 +17,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from globalkd.analysis.export import export_student, stock_config
-from globalkd.analysis.runs import load_run, read_metrics
+from globalkd.analysis.runs import is_distilled, load_run, read_config, read_metrics
 from globalkd.data import register_datasets
 from globalkd.engine.trainer import DistillTrainer
+
+sys.path.insert(0, str(ROOT))
+import train_net
 
 pytestmark = pytest.mark.slow
 both = pytest.mark.parametrize("kind", list(KINDS))
@@ -142,8 +145,26 @@ def test_train_net_trains_resumes_and_evaluates(tiny_cfg, tmp_path):
         "resumed at iteration 2" in _train_net(config, "--resume", "SOLVER.MAX_ITER", "3").lower()
     )
     weights = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    written = Path(cfg.OUTPUT_DIR, "config.yaml").read_bytes()
     output = _train_net(config, "--eval-only", "MODEL.WEIGHTS", weights)
     assert "copypaste" in output and "Teacher" not in output
+    # Of the run, with what its last command overrode; not of the evaluation.
+    assert Path(cfg.OUTPUT_DIR, "config.yaml").read_bytes() == written
+    assert read_config(cfg.OUTPUT_DIR).SOLVER.MAX_ITER == 3
+    # Where there is no run the evaluation writes one, and keeps that it was a distilled student.
+    elsewhere = str(tmp_path / "elsewhere")
+    _train_net(config, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", elsewhere)
+    assert is_distilled(read_config(elsewhere))
+
+
+@pytest.mark.faults
+def test_an_evaluation_checks_its_data_before_it_builds_anything(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg("rcnn")
+    register_datasets(cfg)
+    cfg.DATASETS.TEST = (f"{cfg.DATASETS.TEST[0]}2",)
+    monkeypatch.setattr(DistillTrainer, "build_model", None)
+    with pytest.raises(ValueError, match="DATASETS.TEST names .* which is not registered"):
+        train_net.evaluate(cfg, None)
 
 
 def _train_net(config, *args):

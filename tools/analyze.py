@@ -11,6 +11,7 @@ import inspect
 from detectron2.utils.logger import setup_logger
 
 from globalkd.analysis import audit, compare, discrepancy, gallery, noise, reliability, report
+from globalkd.engine.user_modules import add_import_argument, import_modules
 
 PARTS = {
     "audit": audit,
@@ -36,12 +37,14 @@ def main(argv=None):
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        add_import_argument(command)
         part.add_arguments(command)
         command.set_defaults(main=part.main)
     args = parser.parse_args(argv)
     setup_logger(name="detectron2")
     setup_logger(name="globalkd")
     try:
+        import_modules(args.imports)
         args.main(args)
     except (FileNotFoundError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

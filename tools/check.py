@@ -16,6 +16,7 @@ from globalkd.analysis.checks.check import check_run
 from globalkd.analysis.components import components_text
 from globalkd.config_reading import load_config
 from globalkd.engine.trainer import fall_back_to_cpu
+from globalkd.engine.user_modules import add_import_argument, import_modules
 
 
 def main():
@@ -29,8 +30,10 @@ def main():
     parser.add_argument(
         "--prototype-images", type=int, default=64, help="images to make trial prototypes from"
     )
+    add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     args = parser.parse_args()
+    import_modules(args.imports)
     if args.list:
         print(components_text())
         return 0

@@ -5,17 +5,19 @@
 
 The ending says what is written:
 
-    .pth, .safetensors   the stock detector's weights, for Detectron2
+    .pth, .safetensors   the stock detector's weights, and NAME_config.yaml, for Detectron2
     .ts                  a TorchScript graph, for PyTorch without Detectron2
     .onnx                an ONNX graph (needs the packages onnx and onnxruntime)
 
 Weights must give the run's detections exactly, a graph up to rounding; else nothing is written.
+Where no test image is there, weights are written all the same, read back but not compared.
 """
 
 import argparse
 import os
 
 from globalkd.analysis.export import export_student
+from globalkd.engine.user_modules import add_import_argument, import_modules
 
 
 def main():
@@ -26,15 +28,33 @@ def main():
     parser.add_argument("--checkpoint", default="model_final.pth", help="file name in the folder")
     parser.add_argument("--output", default="student.pth", help=".pth, .safetensors, .ts or .onnx")
     parser.add_argument("--images", type=int, default=4, help="test images to compare on")
-    args = parser.parse_args()
-    agreement = export_student(
-        args.run, args.output, checkpoint=args.checkpoint, num_images=args.images
+    add_import_argument(parser)
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
     )
-    size = os.path.getsize(args.output) / 2**20
-    print(
-        f"{args.output}: {size:.1f} MB; {agreement.detections} equal detections on "
-        f"{agreement.images} images (largest difference: {agreement.box:.2g} pixels, "
-        f"{agreement.score:.2g} of score)."
+    args = parser.parse_args()
+    import_modules(args.imports)
+    try:
+        agreement = export_student(
+            args.run,
+            args.output,
+            checkpoint=args.checkpoint,
+            num_images=args.images,
+            opts=args.opts,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(f"{args.output}: {os.path.getsize(args.output) / 2**20:.1f} MB; {summary(agreement)}.")
+
+
+def summary(agreement):
+    """What the comparison found, in words."""
+    images = f"on {agreement.images} images"
+    if agreement.detections == 0:
+        return f"detections NOT compared: there are none {images}"
+    return (
+        f"{agreement.detections} equal detections {images} (largest difference: "
+        f"{agreement.box:.2g} pixels, {agreement.score:.2g} of score)"
     )
 
 

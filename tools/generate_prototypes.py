@@ -15,6 +15,7 @@ from detectron2.utils.logger import setup_logger
 from globalkd import register_datasets
 from globalkd.config_reading import load_config
 from globalkd.engine.trainer import fall_back_to_cpu
+from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
 
 
@@ -24,8 +25,10 @@ def main():
     )
     parser.add_argument("--config-file", required=True, help="a distilling configuration")
     parser.add_argument("--output", required=True, help="file to write (.safetensors)")
+    add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     args = parser.parse_args()
+    import_modules(args.imports)
     setup_logger(name="fvcore")
     setup_logger(name="detectron2")
     setup_logger(name="globalkd")

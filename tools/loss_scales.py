@@ -22,6 +22,7 @@ from detectron2.utils.logger import setup_logger
 from globalkd import DISTILL_LOSS_REGISTRY, register_datasets
 from globalkd.config_reading import load_config
 from globalkd.engine.trainer import DistillTrainer, fall_back_to_cpu
+from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
 
 #: An iteration past every loss's own start.
@@ -95,8 +96,10 @@ def main():
     parser.add_argument("--config-file", required=True, help="configuration of a distilled run")
     parser.add_argument("--all", action="store_true", help="every loss that the student can have")
     parser.add_argument("--batches", type=int, default=5, help="training batches to average over")
+    add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as of train_net")
     args = parser.parse_args()
+    import_modules(args.imports)
     setup_logger(name="globalkd")
     cfg = load(args.config_file, args.opts, every_loss=args.all)
     register_datasets(cfg)

@@ -39,7 +39,12 @@ class Contestant(NamedTuple):
 
 
 def compare_report(
-    folders: Sequence[Path], *, output: Path, checkpoint: str = "model_final.pth", num_images=20
+    folders: Sequence[Path],
+    *,
+    output: Path,
+    checkpoint: str = "model_final.pth",
+    num_images: int = 20,
+    opts: Sequence[str] = (),
 ) -> List[dict]:
     """Compare runs and write what the module names.
 
@@ -48,13 +53,14 @@ def compare_report(
         output: an existing folder.
         checkpoint: file name in each folder.
         num_images: test images on which speed is measured.
+        opts: overrides of every run's configuration.
 
     Returns:
         One dict a detector: "run", its final metrics ("AP", ...; NaN where it was not evaluated),
         "parameters_M" (millions), "GFLOPs", "images_per_second".
     """
     rows = []
-    for contestant in contestants(folders, checkpoint):
+    for contestant in contestants(folders, checkpoint, opts):
         images = _test_images(contestant.cfg, num_images)
         cost = detector_cost(contestant.model, images, name=contestant.name)
         rows.append({"run": contestant.name, **final_metrics(contestant.folder), **cost})
@@ -70,21 +76,23 @@ def compare_report(
     return rows
 
 
-def contestants(folders: Sequence[Path], checkpoint: str) -> List[Contestant]:
+def contestants(
+    folders: Sequence[Path], checkpoint: str, opts: Sequence[str] = ()
+) -> List[Contestant]:
     """The detectors of the runs, and of their teachers where those are not among the runs."""
     named = _names(folders)
     found, seen = [], {path.resolve() for path in named}
     for path, name in named.items():
-        cfg = read_config(path)
+        cfg = read_config(path, opts)
         if is_distilled(cfg):
             teacher_folder = Path(cfg.MODEL.GLOBALKD.TEACHER.WEIGHTS).resolve().parent
             if teacher_folder not in seen:
                 seen.add(teacher_folder)
-                teacher = load_teacher(path)
+                teacher = load_teacher(path, opts)
                 fed = cfg.clone()
                 fed.INPUT.FORMAT = teacher.input_format
                 found.append(Contestant(f"teacher of {name}", teacher_folder, teacher.model, fed))
-        found.append(Contestant(name, path, load_run(path, checkpoint), cfg))
+        found.append(Contestant(name, path, load_run(path, checkpoint, opts=opts), cfg))
     return found
 
 
@@ -157,12 +165,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, help="folder to write; default: compare, beside the first run"
     )
     parser.add_argument("--num-images", type=int, default=20, help="to measure the speed on")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     output = args.output or args.runs[0].resolve().parent / "compare"
     output.mkdir(parents=True, exist_ok=True)
     rows = compare_report(
-        args.runs, output=output, checkpoint=args.checkpoint, num_images=args.num_images
+        args.runs,
+        output=output,
+        checkpoint=args.checkpoint,
+        num_images=args.num_images,
+        opts=args.opts,
     )
     print(f"{as_text(rows)}\n{(output / 'machine.txt').read_text()}")

@@ -13,6 +13,7 @@ from typing import Dict, List, Sequence
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch import nn
 
 from .detection_errors import KINDS, ImageErrors, image_errors, inherited
 from .detections import annotated_instances, detect
@@ -89,34 +90,28 @@ def noise_report(
         checkpoint: file name in `run`.
         threshold: least score of a detection.
         num_images: images in the picture, those with most errors of the teacher.
-        opts: overrides of the run's configuration.
+        opts: overrides of both runs' configurations.
 
     Returns:
         The rows of `count_table`.
 
     Raises:
-        ValueError: the run was not distilled.
+        ValueError: the run was not distilled, or a detector has other classes than the dataset.
     """
     teacher = load_teacher(run, opts)
     cfg = read_config(run, opts)
     dataset = dataset or cfg.DATASETS.TEST[0]
     records, names = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset).thing_classes
-    shared_arguments = {"records": records, "threshold": threshold}
-    found = {
-        "teacher": detect(
-            teacher.model,
-            cfg,
-            input_format=teacher.input_format,
-            name="teacher",
-            **shared_arguments,
-        )
-    }
+    detectors = {"teacher": (teacher.model, cfg, teacher.input_format)}
     if plain:
-        found["plain"] = detect(
-            load_run(plain), read_config(plain), name="plain", **shared_arguments
-        )
-    student = load_run(run, checkpoint, opts=opts)
-    found["distilled"] = detect(student, cfg, name="distilled", **shared_arguments)
+        detectors["plain"] = (load_run(plain, opts=opts), read_config(plain, opts), "")
+    detectors["distilled"] = (load_run(run, checkpoint, opts=opts), cfg, "")
+    for name, (model, *_) in detectors.items():
+        _require_classes(name, model, dataset, len(names))
+    found = {
+        name: detect(model, of, records, threshold=threshold, input_format=input_format, name=name)
+        for name, (model, of, input_format) in detectors.items()
+    }
     truth = [annotated_instances(record) for record in records]
     students = {name: [image_errors(*x) for x in zip(f, truth)] for name, f in found.items()}
     wrong = students.pop("teacher")
@@ -137,6 +132,15 @@ def noise_report(
         names,
     )
     return counts
+
+
+def _require_classes(detector: str, model: nn.Module, dataset: str, expected: int) -> None:
+    count = getattr(model, "roi_heads", model).num_classes
+    if count != expected:
+        raise ValueError(
+            f"The {detector} detector has {count} classes and the dataset {dataset!r} {expected}: "
+            "its detections cannot be told right or wrong by these annotations."
+        )
 
 
 def _summary(total: dict, students: Sequence[str], images: str, threshold: float) -> str:

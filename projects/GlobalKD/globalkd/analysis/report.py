@@ -33,22 +33,23 @@ PARTS = {
 MAX_ROWS = 40
 
 
-def build_report(run, *, plain="", parts: Sequence[str] = ()) -> Page:
+def build_report(run, *, plain="", parts: Sequence[str] = (), opts: Sequence[str] = ()) -> Page:
     """Compute parts and make the page, for the caller to write or to add to.
 
     Args:
         run: the run's output folder.
         plain: output folder of the plain student to compare with; empty for none.
         parts: names in PARTS to compute now.
+        opts: overrides of the runs' configurations.
 
     Raises:
         ValueError: a part needs a distilled run, and this one is not.
         FileNotFoundError: no such run.
     """
     run = Path(run)
-    cfg = read_config(run)
+    cfg = read_config(run, opts)
     for name in parts:
-        compute_part(name, run, plain)
+        compute_part(name, run, plain, opts)
     page = Page(f"Report of {run.resolve().name}")
     page.paragraph(_about(run, cfg))
     add_part(page, "compare", run / "compare", title="Results")
@@ -69,13 +70,13 @@ def _add_distillation_curves(page: Page, run: Path) -> None:
         page.image(path, "Distillation terms and reliability over the training steps.")
 
 
-def compute_part(name: str, run: Path, plain="") -> None:
+def compute_part(name: str, run: Path, plain="", opts: Sequence[str] = ()) -> None:
     """Compute a part with its default settings, into a folder of its name inside the run's."""
     part = PARTS[name]
     parser = argparse.ArgumentParser()
     part.add_arguments(parser)
     beside = {"compare": [str(plain)], "noise": ["--plain", str(plain)]} if plain else {}
-    arguments = [str(run), *beside.get(name, []), "--output", str(run / name)]
+    arguments = [str(run), *beside.get(name, []), "--output", str(run / name), "--opts", *opts]
     part.main(parser.parse_args(arguments))
 
 
@@ -150,8 +151,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["compare"],
         help="to compute now; default: compare. None of them: show what is there",
     )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     path = args.output or Path(args.run, "report.html")
-    print(build_report(args.run, plain=args.plain, parts=args.parts).write(path))
+    page = build_report(args.run, plain=args.plain, parts=args.parts, opts=args.opts)
+    print(page.write(path))

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
 from ..config_reading import load_config
 from ..data import register_datasets
+from ..engine.trainer import fall_back_to_cpu
 from ..meta_arch import DistillMixin
 from ..safe_loading import SafeCheckpointer
 from ..teacher import Teacher
@@ -41,20 +41,24 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def read_config(folder, opts: Sequence[str] = ()) -> CfgNode:
-    """The configuration that a run wrote into its output folder; its datasets are registered.
+    """The configuration of a run for this machine: on its device, with the datasets registered.
 
     Args:
         folder: the run's output folder.
         opts: overrides, `["KEY", "VALUE", ...]`: where data or teacher lie elsewhere now.
     """
+    cfg = written_config(folder, opts)
+    fall_back_to_cpu(cfg)
+    register_datasets(cfg)
+    return cfg
+
+
+def written_config(folder, opts: Sequence[str] = ()) -> CfgNode:
+    """The configuration that a run wrote into its output folder; arguments as in `read_config`."""
     path = Path(folder, "config.yaml")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; {folder} is not a run's output folder.")
-    cfg = load_config(str(path), opts)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    register_datasets(cfg)
-    return cfg
+    return load_config(str(path), opts)
 
 
 def read_metrics(folder) -> List[dict]:
@@ -81,6 +85,8 @@ def load_run(
 ) -> nn.Module:
     """Build a run's model with its weights, in evaluation mode.
 
+    Datasets are registered, and must be there, only with the distiller.
+
     Args:
         folder: the run's output folder.
         checkpoint: file name in it.
@@ -91,7 +97,10 @@ def load_run(
         FileNotFoundError: no such run or checkpoint.
         ValueError: `distiller` is asked for and the checkpoint has none.
     """
-    cfg = read_config(folder, opts)
+    cfg = written_config(folder, opts)
+    fall_back_to_cpu(cfg)
+    if distiller:
+        register_datasets(cfg)
     cfg.MODEL.GLOBALKD.ENABLED = distiller
     path = Path(folder, checkpoint)
     if not path.is_file():

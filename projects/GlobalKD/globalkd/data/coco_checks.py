@@ -1,14 +1,18 @@
 """What must hold in a COCO JSON before anything is made of it.
 
-Whole columns at a time: all of COCO takes seconds. Not here: boxes without area inside their image,
-which are dropped and counted (`registration`), and images that cannot be read (`unreadable`).
+Whole columns at a time: all of COCO takes seconds. Here, too: segmentations that cannot be used,
+whose boxes are kept. Not here: boxes without area inside their image, which are dropped and counted
+(`registration`), and images that cannot be read (`unreadable`).
 """
 
+import logging
 import os
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 3
 
@@ -16,13 +20,29 @@ _SHOWN = 3
 class CheckedCOCO(COCO):
     """pycocotools' `COCO`, which checks its content before it indexes it."""
 
+    def __init__(self, annotation_file: str, *, name: str, masks: bool):
+        """
+        Args:
+            annotation_file: a COCO JSON.
+            name: the dataset's, for warnings.
+            masks: whether masks are trained. If not, an unusable segmentation is left out;
+                Detectron2 would leave out the whole annotation.
+        """
+        self._name, self._masks = name, masks
+        super().__init__(annotation_file)
+
     def createIndex(self) -> None:
         check_coco(self.dataset)
+        if not self._masks:
+            leave_out_segmentations(self.dataset.get("annotations", []), self._name)
         super().createIndex()
 
 
 def check_coco(content: Dict[str, Any]) -> None:
     """Check the parsed content of a COCO JSON of boxes.
+
+    Ids of images and categories must be integers: COCO's metric takes no others. Those of
+    annotations may be text, too; they are numbered anew where they are evaluated.
 
     A file name must lie in the image folder by its text: not absolute, and not out of the folder
     by "..". Symbolic links in the folder are followed, as they are the work of its owner.
@@ -35,9 +55,11 @@ def check_coco(content: Dict[str, Any]) -> None:
         {"annotations": [], **content}, "annotations", ("id", "image_id", "category_id", "bbox")
     )
     _table(content, "categories", ("id", "name"))
-    _check_ids(images, "images")
-    _check_ids(annotations, "annotations")
-    _check_ids(content["categories"], "categories")
+    check_ids(images, "images")
+    check_ids(annotations, "annotations", (int, str))
+    check_ids(content["categories"], "categories")
+    strange = [a["id"] for a in annotations if type(a["image_id"]) is not int]
+    _refuse(strange, "annotations whose image_id is no integer; ids")
     outside = [x["file_name"] for x in images if _leaves_folder(x["file_name"])]
     _refuse(outside, "file names that are absolute or lead out of the image folder")
     small = [x["file_name"] for x in images if not (_is_size(x["height"]) and _is_size(x["width"]))]
@@ -46,6 +68,26 @@ def check_coco(content: Dict[str, Any]) -> None:
     strange = [a["id"] for a in annotations if a["category_id"] not in known]
     _refuse(strange, 'annotations whose category_id is not in "categories"; ids')
     _check_boxes(annotations)
+
+
+def leave_out_segmentations(annotations: List[dict], name: str) -> None:
+    """Remove segmentations without a polygon of three points, in place; one warning counts them."""
+    lost = [a for a in annotations if a.get("segmentation") and not _is_shape(a["segmentation"])]
+    for annotation in lost:
+        del annotation["segmentation"]
+    if lost:
+        logger.warning(
+            f"{name}: left out {len(lost)} segmentations that have no polygon of 3 points or more; "
+            "their boxes are kept"
+        )
+
+
+def _is_shape(segmentation: Any) -> bool:
+    if isinstance(segmentation, dict):  # run-length encoding
+        return {"counts", "size"} <= set(segmentation)
+    if not isinstance(segmentation, list) or not all(isinstance(p, list) for p in segmentation):
+        return False
+    return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
 
 
 def _table(content: Any, name: str, keys: Sequence[str]) -> List[dict]:
@@ -58,9 +100,11 @@ def _table(content: Any, name: str, keys: Sequence[str]) -> List[dict]:
     return rows
 
 
-def _check_ids(rows: List[dict], name: str) -> None:
+def check_ids(rows: List[dict], name: str, types: Tuple[type, ...] = (int,)) -> None:
+    """Raise a ValueError where ids of a table are of another type, or stand twice."""
     ids = [row["id"] for row in rows]
-    _refuse([x for x in ids if not isinstance(x, (int, str))], f'ids in "{name}" of no id\'s type')
+    said = " or text" if str in types else ""
+    _refuse([x for x in ids if type(x) not in types], f'ids in "{name}" that are no integers{said}')
     if len(set(ids)) == len(ids):
         return
     seen = set()

@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 from functools import partial
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 from unittest import mock
 
 import numpy as np
@@ -21,7 +21,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .coco_checks import CheckedCOCO
+from .coco_checks import CheckedCOCO, check_ids
 from .voc import load_voc_folder, split_file
 
 logger = logging.getLogger(__name__)
@@ -35,27 +35,35 @@ VOC_ENTRY = "[name, folder, split, [class names]]"
 IMAGES_NAMED_IN_WARNING = 5
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Register every dataset of DATASETS.COCO and DATASETS.VOC.
+def register_datasets(cfg: CfgNode, names: Optional[Sequence[str]] = None) -> None:
+    """Register the datasets of DATASETS.COCO and DATASETS.VOC.
 
     A second call with the same entries changes nothing. Class names stand in the MetadataCatalog
     afterwards; images and boxes are read when the dataset is first used.
 
     Args:
-        cfg: a config with the keys of `add_globalkd_config`.
+        cfg: a config with the keys of `add_globalkd_config`. MODEL.MASK_ON says whether an
+            annotation without a usable segmentation is dropped (True) or keeps its box; of several
+            registrations of a name the first decides.
+        names: those to register, such as DATASETS.TEST where the training data are on another
+            machine; None: all.
 
     Raises:
         FileNotFoundError: a file or folder of an entry does not exist.
         ValueError: an entry has another form, its classes cannot be read, or its name stands for
             other data already.
     """
-    for entry in cfg.DATASETS.COCO:
-        _register_coco(entry)
-    for entry in cfg.DATASETS.VOC:
+
+    def is_wanted(entry: Sequence) -> bool:
+        return names is None or not entry or entry[0] in names
+
+    for entry in filter(is_wanted, cfg.DATASETS.COCO):
+        _register_coco(entry, masks=cfg.MODEL.MASK_ON)
+    for entry in filter(is_wanted, cfg.DATASETS.VOC):
         _register_voc(entry)
 
 
-def _register_coco(entry: Sequence[str]) -> None:
+def _register_coco(entry: Sequence[str], *, masks: bool) -> None:
     key = "DATASETS.COCO"
     if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
         raise ValueError(f"{key}: {entry!r} should be {COCO_ENTRY}")
@@ -77,13 +85,14 @@ def _register_coco(entry: Sequence[str]) -> None:
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
     )
-    DatasetCatalog.register(name, partial(_load_coco, name, json_file, image_root))
+    DatasetCatalog.register(name, partial(_load_coco, name, json_file, image_root, masks))
 
 
-def _load_coco(name: str, json_file: str, image_root: str) -> List[Dict]:
+def _load_coco(name: str, json_file: str, image_root: str, masks: bool) -> List[Dict]:
+    reader = partial(CheckedCOCO, name=name, masks=masks)
     try:
         # Detectron2's loader takes the class from there; exchanged for this call only.
-        with mock.patch("pycocotools.coco.COCO", CheckedCOCO):
+        with mock.patch("pycocotools.coco.COCO", reader):
             records = load_coco_json(json_file, image_root, name, extra_annotation_keys=EXTRA_KEYS)
     except json.JSONDecodeError as error:
         raise ValueError(f"DATASETS.COCO: {json_file} is not complete JSON: {error}") from error
@@ -149,7 +158,7 @@ def read_categories(json_file: str) -> List[Dict]:
         The list of category dicts, never empty.
 
     Raises:
-        ValueError: the file is not JSON or lists no categories.
+        ValueError: the file is not JSON or lists no categories, or their ids are no integers.
     """
     with open(PathManager.get_local_path(json_file), "rb") as file:
         content = file.read(1) and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -163,6 +172,7 @@ def read_categories(json_file: str) -> List[Dict]:
         isinstance(c, dict) and {"id", "name"} <= set(c) for c in categories
     ):
         raise ValueError('a COCO JSON needs "categories": [{"id": ..., "name": ...}, ...]')
+    check_ids(categories, "categories")
     return categories
 
 

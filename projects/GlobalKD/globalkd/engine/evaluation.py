@@ -28,6 +28,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from ..data.config_checks import require_images
+
 try:
     from faster_coco_eval import COCOeval_faster as FastestCOCOeval
 except ImportError:
@@ -70,11 +72,6 @@ def build_evaluator(
     return PascalVOCDetectionEvaluator(dataset_name)
 
 
-def _require_images(images, dataset_name: str) -> None:
-    if not len(images):
-        raise ValueError(f"DATASETS.TEST: '{dataset_name}' has no images to evaluate on")
-
-
 class FastCOCOEvaluator(COCOEvaluator):
     """Detectron2's COCO evaluator with a fast COCOeval and AP by ambiguity.
 
@@ -82,15 +79,20 @@ class FastCOCOEvaluator(COCOEvaluator):
     (instances of ambiguity 0) and "AP-ambiguous" (the others). Instances of the other subset are
     ignored: neither they nor detections matched to them count. A model that detects nothing has AP
     0. NaN stands for what the dataset does not define, such as AP of a class without instances.
+    Annotations may have ids of any kind.
     """
 
     def __init__(self, dataset_name: str, **kwargs):
         super().__init__(dataset_name, use_fast_impl=False, **kwargs)
-        _require_images(self._coco_api.imgs, dataset_name)
+        require_images(len(self._coco_api.imgs), dataset_name)
         self._use_fast_impl = FastestCOCOeval is not COCOeval
-        for annotation in self._coco_api.anns.values():  # COCOeval needs both; many files lack them
-            annotation.setdefault("iscrowd", 0)
+        # COCOeval takes a match with id 0 for none, and text for no id; this is our own copy.
+        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", []), 1):
+            annotation["id"] = number
+            annotation.setdefault("iscrowd", 0)  # many files lack this and the area
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
 
     def _eval_predictions(self, predictions, img_ids=None):
         # Detectron2 takes its fast COCOeval from a module variable; exchanged for this call only.
@@ -167,7 +169,7 @@ class VOCFolderEvaluator(DatasetEvaluator):
     def __init__(self, dataset_name: str):
         self._class_names = MetadataCatalog.get(dataset_name).thing_classes
         records = DatasetCatalog.get(dataset_name)
-        _require_images(records, dataset_name)
+        require_images(len(records), dataset_name)
         self._truth = {record["image_id"]: record["annotations"] for record in records}
 
     def reset(self):

@@ -24,6 +24,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
+from ..data.config_checks import check_classes, check_data
 from ..data.resumable_loader import ResumableLoader, shield_workers
 from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
 from ..distiller import Distiller
@@ -52,14 +53,18 @@ class DistillTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        check_data(cfg)  # before anything that takes long
         with _own_parts(cfg):
             super().__init__(cfg)
         model = getattr(self.model, "module", self.model)
         self.run_state = RunState(model, getattr(self.data_loader, "seed", None))
+        teacher_classes = ()
         if self.distiller is not None:
+            teacher_classes = self.distiller.teacher.class_names
             self.checkpointer.add_checkpointable("distiller", self.distiller)
             self._trainer.register_hooks([NonFiniteCheck()])  # it alone calls after_backward
-            check_classes(cfg, self.distiller.teacher.class_names)
+        # Again: the teacher is known by now, and so are classes that only a loaded dataset tells.
+        check_classes(cfg, teacher_classes)
         # The last to be loaded: over what the first process had, it puts what each one had.
         self.checkpointer.add_checkpointable("run", self.run_state)
 
@@ -138,7 +143,12 @@ class DistillTrainer(DefaultTrainer):
     def build_test_loader(cls, cfg, dataset_name):
         mapper = DatasetMapper(cfg, is_train=False)
         mapper = BlankIfUnreadable(mapper, cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        try:
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        except AssertionError as error:  # the same way to say it as in training
+            raise ValueError(
+                f"DATASETS.TEST: '{dataset_name}' has no images to evaluate on: {error}"
+            ) from error
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
@@ -191,31 +201,3 @@ def first_images(dataset: str, count: int) -> str:
             kept.setdefault("globalkd_source", [dataset, count])
         MetadataCatalog.get(name).set(**kept)
     return name
-
-
-def check_classes(cfg: CfgNode, teacher_classes: List[str]) -> None:
-    """Compare the class names of the training data, the test data and the teacher.
-
-    Raises:
-        ValueError: they differ, and MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES is not set.
-    """
-    lists = {f"dataset {d}": _class_names(d) for d in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
-    lists["the teacher"] = list(teacher_classes)
-    known = {owner: names for owner, names in lists.items() if names}
-    if len({tuple(names) for names in known.values()}) <= 1:
-        return
-    described = "; ".join(
-        f"{owner} has {len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for owner, names in known.items()
-    )
-    problem = f"The class lists differ: {described}"
-    if not cfg.MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES:
-        raise ValueError(
-            f"{problem}. Set MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True if that is meant."
-        )
-    if comm.is_main_process():
-        logger.warning(f"{problem}. Going on: ALLOW_OTHER_CLASSES is True.")
-
-
-def _class_names(dataset: str) -> List[str]:
-    return list(MetadataCatalog.get(dataset).get("thing_classes", []))

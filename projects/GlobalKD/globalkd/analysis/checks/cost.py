@@ -68,6 +68,7 @@ def _check_prototypes(trainer, report: CheckReport, num_images: int, num_gpus: i
     used = math.ceil(total / math.ceil(total / num_images))
     start = time.perf_counter()
     with report.trial():
+        distiller.start(trainer.model)
         prototypes = distiller.refresh(trainer.model, num_images)
     seconds = (time.perf_counter() - start) * total / used
     covered = int((prototypes.counts > 0).sum())

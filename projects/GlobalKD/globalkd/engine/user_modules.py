@@ -1,0 +1,49 @@
+"""`--import MODULE` of the commands: modules of the user's that register losses or other parts.
+
+The command line alone names them. A configuration does not: reading one runs no code.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from typing import Sequence
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--import`, whose values `import_modules` takes as `args.imports`."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that registers your own parts: my_project.norm_loss; repeatable",
+    )
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules by their dotted names, from the working directory or installed.
+
+    To be called in each process: one that is spawned does not have what its parent imported.
+
+    Args:
+        names: such as ["my_project.norm_loss"]; empty imports nothing.
+
+    Raises:
+        ValueError: there is no such module. What the module itself raises is passed on.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"--import {name}: it must be a dotted name, my_project.norm_loss.")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise  # one that the module imports
+            raise ValueError(
+                f"--import {name}: there is no module {error.name!r}, neither in the working "
+                f"directory ({os.getcwd()}) nor installed."
+            ) from error

@@ -1,0 +1,96 @@
+"""`--import` of the commands: a user's own loss in each of them and in every process."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import NARROW, ROOT
+
+from globalkd.analysis.runs import read_metrics
+from globalkd.engine.user_modules import import_modules
+
+COMMANDS = (
+    "tools/check.py",
+    "tools/loss_scales.py",
+    "tools/generate_prototypes.py",
+    "tools/export_student.py",
+    "tools/analyze.py",
+    "demo/demo.py",
+)
+#: What a command demands beside --import. None of it is there: it is not read before the import.
+ARGUMENTS = {
+    "tools/generate_prototypes.py": ["--output", "x", "--config-file", "x.yaml"],
+    "tools/export_student.py": ["x"],
+    "tools/analyze.py": ["x"],
+    "demo/demo.py": ["--input", "x", "--output", "x", "--config-file", "x.yaml"],
+}
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """Working in an empty folder; what is imported from it is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in [n for n in sys.modules if n.split(".")[0] in ("own_parts", "ends_here")]:
+        del sys.modules[name]
+
+
+def test_modules_lie_in_the_working_directory_and_are_imported_once(in_folder):
+    (in_folder / "own_parts").mkdir()
+    (in_folder / "own_parts/one.py").write_text("open('count', 'a').write('x')\n")
+    import_modules([])
+    assert str(in_folder) not in sys.path
+    import_modules(["own_parts.one", "own_parts.one"])
+    assert (in_folder / "count").read_text() == "x"
+
+
+@pytest.mark.faults
+def test_a_module_that_is_not_there_is_named(in_folder):
+    (in_folder / "own_parts").mkdir()
+    (in_folder / "own_parts/broken.py").write_text("import nowhere_else\n")
+    for name, missing in (("gone.loss", "gone"), ("own_parts.gone", "own_parts.gone")):
+        with pytest.raises(ValueError, match=f"--import {name}: there is no module '{missing}'"):
+            import_modules([name])
+    with pytest.raises(ValueError, match="must be a dotted name"):
+        import_modules(["own_parts/broken.py"])
+    with pytest.raises(ModuleNotFoundError, match="nowhere_else"):  # with its own traceback
+        import_modules(["own_parts.broken"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_imports_before_it_reads_anything(command, in_folder, monkeypatch):
+    (in_folder / "ends_here.py").write_text("raise SystemExit('imported')\n")
+    spec = importlib.util.spec_from_file_location("command_under_test", ROOT / command)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    part = ["reliability"] if "analyze" in command else []
+    arguments = ARGUMENTS.get(command, ["--config-file", "x.yaml"])
+    monkeypatch.setattr(sys, "argv", [command, *part, "--import", "ends_here", *arguments])
+    with pytest.raises(SystemExit, match="imported"):
+        module.main()
+
+
+@pytest.mark.slow
+def test_every_process_of_a_training_has_the_loss_of_the_page(tiny_cfg, tmp_path):
+    """As docs/own_loss.md says, from the user's own folder and on two processes."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_loss.md").read_text(), re.DOTALL)
+    (tmp_path / "my_project").mkdir()
+    (tmp_path / "my_project/norm_loss.py").write_text(code)
+    cfg = tiny_cfg("rcnn", *NARROW, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ())
+    cfg.MODEL.GLOBALKD.LOSSES = ["NormMatching"]
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", "config.yaml"]
+    command += ["--num-gpus", "2", "--dist-url", f"file://{tmp_path}/store"]
+    result = subprocess.run(
+        [*command, "--import", "my_project.norm_loss"],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert any(record.get("loss_kd_norm", 0) > 0 for record in read_metrics(cfg.OUTPUT_DIR))
