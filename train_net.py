@@ -5,16 +5,16 @@
     train_net.py --config-file configs/gkd_R101_R50.yaml --eval-only MODEL.WEIGHTS model_final.pth
 
 The flags are Detectron2's own, --import and --timeout; `KEY VALUE` pairs at the end override the
-configuration. --eval-only leaves a config.yaml in OUTPUT_DIR as it is. SIGTERM and Ctrl-C save a
-checkpoint after the running step and end with code 143 or 130; --resume goes on as if nothing had
-happened.
+configuration. --eval-only leaves a config.yaml in OUTPUT_DIR as it is and writes config_eval.yaml.
+SIGTERM and Ctrl-C save a checkpoint after the running step and end with code 143 or 130; --resume
+goes on as if nothing had happened.
 """
 
 import os
-import shutil
 from contextlib import contextmanager, nullcontext
+from unittest import mock
 
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser, default_setup, defaults
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -42,16 +42,18 @@ def setup(args):
 
 @contextmanager
 def kept(path):
-    """Undo what the main process writes to a file: a run's config.yaml tells how it was trained."""
-    if not comm.is_main_process() or not os.path.isfile(path):
+    """Let Detectron2 write beside a run's config.yaml, which tells how the run was trained."""
+    if not os.path.isfile(path):
         yield
         return
-    copy = f"{path}.kept"
-    shutil.copy2(path, copy)
-    try:
+    original = defaults.PathManager.open
+
+    def beside(name, *args, **kwargs):
+        name = path.replace("config.yaml", "config_eval.yaml") if name == path else name
+        return original(name, *args, **kwargs)
+
+    with mock.patch.object(defaults.PathManager, "open", beside):
         yield
-    finally:
-        os.replace(copy, path)
 
 
 def evaluate(cfg, args):

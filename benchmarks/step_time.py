@@ -74,6 +74,7 @@ class Case:
         settings = {**self.settings, "losses": [build_loss(self.cfg, name) for name in losses]}
         distiller = Distiller(**settings)
         distiller.attach(self.student, num_classes=self.num_classes)
+        distiller.start(self.student)
         if distiller.bank is not None:
             fill_bank(distiller.bank)
         self.student.distiller = distiller

@@ -237,11 +237,10 @@ DATA = {
     "size of text": (put("images", "width", "40"), "height or width is no number above 0"),
     "path out of the folder": (put("images", "file_name", "../2.png"), "lead out of the image"),
     "list for an id": (put("images", "id", [2]), '1 ids in "images" that are no integers'),
-    "text for an image id": (
-        put("images", "id", "2"),
-        "1 ids in \"images\" that are no integers: '2'",
+    "fraction for an image id": (
+        put("images", "id", 2.5),
+        '1 ids in "images" that are no integers or text: 2.5',
     ),
-    "fraction for an image id": (put("images", "id", 2.5), 'ids in "images" that are no integers'),
     "text for a class id": (
         put("categories", "id", "7"),
         "1 ids in \"categories\" that are no integers: '7'",
@@ -250,9 +249,9 @@ DATA = {
         put("annotations", "id", [1]),
         'ids in "annotations" that are no integers or text',
     ),
-    "text for the image of an annotation": (
-        put("annotations", "image_id", "1"),
-        "1 annotations whose image_id is no integer; ids: 10",
+    "list for the image of an annotation": (
+        put("annotations", "image_id", [1]),
+        "1 annotations whose image_id is no integer or text; ids: 10",
     ),
     "no images": (lambda c: c.pop("images"), r'"images" should be a list of \{id, file_name'),
     "annotations of another form": (

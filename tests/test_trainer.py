@@ -100,6 +100,21 @@ def test_an_empty_test_set_is_told_before_anything_is_built(
 
 
 @pytest.mark.faults
+def test_text_for_image_ids_trains_and_is_not_evaluated(cfg, tmp_path, nothing_is_built):
+    add_dataset(cfg, tmp_path, "text")
+    path = tmp_path / "text/all.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["id"] = f"image {image['id']}"
+    for annotation in content["annotations"]:
+        annotation["image_id"] = f"image {annotation['image_id']}"
+    path.write_text(json.dumps(content))
+    assert DatasetCatalog.get("text")
+    with pytest.raises(ValueError, match="'text' has . image ids that are no integers .'image "):
+        DistillTrainer(cfg)
+
+
+@pytest.mark.faults
 def test_a_damaged_test_set_is_told_before_anything_is_built(cfg, tmp_path, nothing_is_built):
     add_dataset(cfg, tmp_path, "damaged")
     path = tmp_path / "damaged/all.json"

@@ -12,7 +12,7 @@ import torch
 from conftest import KINDS, ROOT, scene_datasets
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import DefaultPredictor
+from detectron2.engine import DefaultPredictor, defaults
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
@@ -151,6 +151,7 @@ def test_train_net_trains_resumes_and_evaluates(tiny_cfg, tmp_path):
     # Of the run, with what its last command overrode; not of the evaluation.
     assert Path(cfg.OUTPUT_DIR, "config.yaml").read_bytes() == written
     assert read_config(cfg.OUTPUT_DIR).SOLVER.MAX_ITER == 3
+    assert Path(cfg.OUTPUT_DIR, "config_eval.yaml").is_file()
     # Where there is no run the evaluation writes one, and keeps that it was a distilled student.
     elsewhere = str(tmp_path / "elsewhere")
     _train_net(config, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", elsewhere)
@@ -246,3 +247,32 @@ def _ten_classes(lazy, kind):
     else:
         lazy.num_classes = 10
         lazy.distiller.losses = lazy.distiller.losses[:2]  # the quick teacher has other anchors
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_resuming_without_the_distillers_state_is_said(forgotten, tiny_cfg, caplog):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ())
+    trainer = run(cfg)
+    path = Path(cfg.OUTPUT_DIR, "model_final.pth")
+    checkpoint = torch.load(path)
+    assert checkpoint["distiller"]
+    if forgotten:
+        del checkpoint["distiller"]
+        torch.save(checkpoint, path)
+    cfg.SOLVER.MAX_ITER = 2
+    caplog.clear()
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    said = "goes on at iteration 1 without the distiller's own state" in caplog.text
+    assert said == forgotten
+
+
+def test_evaluations_side_by_side_leave_the_runs_configuration(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("of the run")
+    with train_net.kept(str(path)), train_net.kept(str(path)):
+        with defaults.PathManager.open(str(path), "w") as file:
+            file.write("of the evaluation")
+        assert path.read_text() == "of the run"
+    assert (tmp_path / "config_eval.yaml").read_text() == "of the evaluation"

@@ -106,6 +106,7 @@ def main():
     seed_all_rng(max(cfg.SEED, 0))
     model = DistillTrainer.build_model(cfg).train()
     SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(cfg.MODEL.WEIGHTS)
+    model.distiller.start(model)
     batches = iter(DistillTrainer.build_train_loader(cfg))
     print(table([measure(model, next(batches)) for _ in range(args.batches)]))
 

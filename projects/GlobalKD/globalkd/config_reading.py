@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import yaml
 from detectron2 import model_zoo
@@ -68,8 +68,10 @@ def load_config(
     """
     cfg = get_cfg()
     add_globalkd_config(cfg)
-    if like is not None:
-        _add_missing(cfg, like)
+    if like is not None and (added := _add_missing(cfg, like)):
+        logger.info(
+            f"{config_file}: what it does not set of {added} is as in the student's config."
+        )
     cfg = _SafeCfgNode(cfg)
     _require_file(config_file)
     _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
@@ -84,12 +86,16 @@ def _require_file(path: str) -> None:
         raise FileNotFoundError(f"There is no config file {path} (seen from {os.getcwd()})")
 
 
-def _add_missing(cfg: CfgNode, like: CfgNode) -> None:
+def _add_missing(cfg: CfgNode, like: CfgNode, prefix: str = "") -> List[str]:
+    """Copy keys that only `like` has; returns their names, or those of their groups."""
+    added = []
     for name, value in like.items():
         if name not in cfg:
             cfg[name] = copy.deepcopy(value)
+            added.append(prefix + name)
         elif isinstance(value, CfgNode) and isinstance(cfg[name], CfgNode):
-            _add_missing(cfg[name], value)
+            added += _add_missing(cfg[name], value, f"{prefix}{name}.")
+    return added
 
 
 class _SafeCfgNode(CfgNode):

@@ -111,8 +111,7 @@ class Distiller(nn.Module):
         self.vis_period = vis_period
         self.levels: List[LevelPair] = []
         self._prepared = -1  # the latest iteration that was prepared
-        self._restored = False
-        self.register_load_state_dict_post_hook(_note_restored)
+        self._begun = False  # whether its state is that of a run: started, or restored
 
     @classmethod
     def from_config(cls, cfg):
@@ -214,16 +213,17 @@ class Distiller(nn.Module):
         """
         if self._prepared == iteration:
             return
-        if self._prepared < 0 < iteration and not self._restored and self.state_dict():
+        self._prepared = iteration
+        if iteration == 0:
+            self.start(student)
+        elif not self._begun and self.state_dict():
             logger.warning(
                 f"Training goes on at iteration {iteration} without the distiller's own state: "
                 "adapters start anew, and prototypes are made again. The checkpoint has none, or "
                 'nothing loaded it: checkpointer.add_checkpointable("distiller", model.distiller) '
                 "does, before the trainer resumes."
             )
-        self._prepared = iteration
-        if iteration == 0:
-            self.start(student)
+        self._begun = True
         if self.bank is None or self.factor(iteration) == 0:
             return
         if self.refresher is None:
@@ -239,8 +239,14 @@ class Distiller(nn.Module):
 
     def start(self, student: nn.Module) -> None:
         """What comes once, before prototypes and the first step: inherited heads, if asked for."""
+        self._begun = True
         if self.inherit_teacher_heads:
             inherit_heads(student, self.teacher.model)
+
+    def load_state_dict(self, *args, **kwargs):
+        # Not called where a student that holds this distiller is loaded.
+        self._begun = True
+        return super().load_state_dict(*args, **kwargs)
 
     def refresh(
         self, student: nn.Module, num_images: Optional[int] = None
@@ -370,10 +376,6 @@ class Distiller(nn.Module):
         if self.non_finite.skip:
             skipped = self.non_finite.report()
             storage.put_scalar("kd/skipped_steps", skipped, smoothing_hint=False)
-
-
-def _note_restored(distiller: Distiller, _incompatible) -> None:
-    distiller._restored = True
 
 
 def build_loss(cfg, name: str) -> DistillLoss:

@@ -56,12 +56,12 @@ def comparison_images(cfg: CfgNode, count: int) -> Iterator[Tensor]:
 
 
 def none_if_not_here(images: Iterator[Tensor]) -> Iterator[Tensor]:
-    """What `comparison_images` gives; nothing, with a warning, where the data set is not here."""
+    """What `comparison_images` gives; nothing, with a warning, where the data cannot be read."""
     try:
         first = list(islice(images, 1))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError, AssertionError) as error:  # also: an empty data set
         logger.warning(
-            f"Comparing detections on test images is skipped, they are not here: {error}. "
+            f"Comparing detections on test images is skipped, they cannot be read: {error}. "
             "--opts DATASETS.COCO ... says where they are."
         )
         return iter(())

@@ -41,8 +41,8 @@ class CheckedCOCO(COCO):
 def check_coco(content: Dict[str, Any]) -> None:
     """Check the parsed content of a COCO JSON of boxes.
 
-    Ids of images and categories must be integers: COCO's metric takes no others. Those of
-    annotations may be text, too; they are numbered anew where they are evaluated.
+    Ids of categories must be integers. Those of images and annotations may be text, too, as far as
+    training goes; `config_checks` and the evaluator ask for more.
 
     A file name must lie in the image folder by its text: not absolute, and not out of the folder
     by "..". Symbolic links in the folder are followed, as they are the work of its owner.
@@ -55,11 +55,11 @@ def check_coco(content: Dict[str, Any]) -> None:
         {"annotations": [], **content}, "annotations", ("id", "image_id", "category_id", "bbox")
     )
     _table(content, "categories", ("id", "name"))
-    check_ids(images, "images")
+    check_ids(images, "images", (int, str))
     check_ids(annotations, "annotations", (int, str))
     check_ids(content["categories"], "categories")
-    strange = [a["id"] for a in annotations if type(a["image_id"]) is not int]
-    _refuse(strange, "annotations whose image_id is no integer; ids")
+    strange = [a["id"] for a in annotations if type(a["image_id"]) not in (int, str)]
+    _refuse(strange, "annotations whose image_id is no integer or text; ids")
     outside = [x["file_name"] for x in images if _leaves_folder(x["file_name"])]
     _refuse(outside, "file names that are absolute or lead out of the image folder")
     small = [x["file_name"] for x in images if not (_is_size(x["height"]) and _is_size(x["width"]))]

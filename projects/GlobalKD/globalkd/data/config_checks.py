@@ -50,6 +50,8 @@ def check_data(cfg: CfgNode, teacher_classes: Sequence[str] = (), *, train: bool
         records = DatasetCatalog.get(name)
         if isinstance(records, Sized):  # an iterable dataset does not know its length
             require_images(len(records), name)
+            if MetadataCatalog.get(name).get("evaluator_type") == "coco":
+                require_integer_ids([record.get("image_id") for record in records], name)
     check_classes(cfg, teacher_classes)
     check_num_classes(cfg)
 
@@ -69,6 +71,17 @@ def require_images(count: int, name: str) -> None:
     """Raise a ValueError where a test set has no images."""
     if not count:
         raise ValueError(f"DATASETS.TEST: '{name}' has no images to evaluate on")
+
+
+def require_integer_ids(ids: Sequence, name: str) -> None:
+    """Raise a ValueError where COCO's metric could not tell the images of a test set apart."""
+    strange = [x for x in ids if not isinstance(x, int)]
+    if strange:
+        shown = ", ".join(repr(x) for x in strange[:_SHOWN])
+        raise ValueError(
+            f"DATASETS.TEST: '{name}' has {len(strange)} image ids that are no integers ({shown}); "
+            "COCO's metric takes no others."
+        )
 
 
 def check_classes(cfg: CfgNode, teacher_classes: Sequence[str] = ()) -> None:

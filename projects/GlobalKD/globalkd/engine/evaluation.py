@@ -28,7 +28,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from ..data.config_checks import require_images
+from ..data.config_checks import require_images, require_integer_ids
 
 try:
     from faster_coco_eval import COCOeval_faster as FastestCOCOeval
@@ -85,6 +85,7 @@ class FastCOCOEvaluator(COCOEvaluator):
     def __init__(self, dataset_name: str, **kwargs):
         super().__init__(dataset_name, use_fast_impl=False, **kwargs)
         require_images(len(self._coco_api.imgs), dataset_name)
+        require_integer_ids(list(self._coco_api.imgs), dataset_name)
         self._use_fast_impl = FastestCOCOeval is not COCOeval
         # COCOeval takes a match with id 0 for none, and text for no id; this is our own copy.
         for number, annotation in enumerate(self._coco_api.dataset.get("annotations", []), 1):

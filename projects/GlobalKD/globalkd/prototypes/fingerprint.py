@@ -1,8 +1,9 @@
 """What prototypes were made with: the fingerprint that a prototype file carries.
 
-Files count by their content, so that weights trained again under the same name, or annotations that
-were changed, are noticed, and a file that was moved is the same. Not here: the file format, and how
-two fingerprints are compared (`files`).
+Weights and COCO annotation files count by their content, so that weights trained again under the
+same name, or annotations that were changed, are noticed, and a file that was moved is the same.
+Other data (VOC folders, Detectron2's own) and configs count by their names. Not here: the file
+format, and how two fingerprints are compared (`files`).
 """
 
 import hashlib
@@ -42,10 +43,14 @@ def with_contents(settings: Dict[str, Any]) -> Dict[str, Any]:
         if key in result:
             result[key] = _content(result[key])
     if "datasets" in result:
-        names = settings["datasets"]
-        files = [MetadataCatalog.get(name).get("json_file", "") for name in names]
-        result["datasets"] = {name: _content(path) for name, path in zip(names, files)}
+        result["datasets"] = {name: _dataset(name) for name in settings["datasets"]}
     return result
+
+
+def _dataset(name: str) -> str:
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file", "")
+    return _content(path) if path else str(metadata.get("globalkd_source", name))
 
 
 def _content(path: str) -> str:

@@ -98,11 +98,15 @@ def _default_weights(config_file: str, cfg: CfgNode) -> str:
 
 
 def _class_names(cfg: CfgNode) -> List[str]:
-    names = class_names(cfg, cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
+    reason = f"DATASETS.TRAIN of its config: {list(cfg.DATASETS.TRAIN)}"
+    try:
+        names = class_names(cfg, cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
+    except ValueError as error:  # what is wrong with the teacher's data need not concern this run
+        names, reason = [], str(error)
     if not names:
         logger.warning(
-            f"The names of the teacher's classes are not known (DATASETS.TRAIN of its config: "
-            f"{list(cfg.DATASETS.TRAIN)}), so that they are not compared with the student's."
+            f"The names of the teacher's classes are not known ({reason}), so that they are not "
+            "compared with the student's."
         )
     return names
 

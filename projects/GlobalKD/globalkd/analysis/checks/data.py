@@ -31,7 +31,6 @@ class DatasetSummary:
     """What one registered dataset holds.
 
     Attributes:
-        classes: its class names; empty where they are not known.
         images, empty_images: their number, and of those without a box.
         missing: image files that are not there.
         instances: class name -> its boxes without crowds and difficult ones.
@@ -39,7 +38,6 @@ class DatasetSummary:
     """
 
     name: str
-    classes: List[str]
     images: int = 0
     empty_images: int = 0
     missing: List[str] = field(default_factory=list)
@@ -72,11 +70,11 @@ def summarize_dataset(name: str, *, num_classes: int, min_box_size: float) -> Da
         min_box_size: MODEL.GLOBALKD.PROTOTYPES.MIN_BOX_SIZE.
     """
     records = DatasetCatalog.get(name)
-    classes = list(MetadataCatalog.get(name).get("thing_classes", []))
-    summary = DatasetSummary(name, classes, images=len(records))
+    summary = DatasetSummary(name, images=len(records))
     summary.empty_images = sum(not record.get("annotations") for record in records)
     summary.missing = [r["file_name"] for r in records if not os.path.exists(r["file_name"])]
-    labels = classes or [f"class {i}" for i in range(num_classes)]
+    labels = list(MetadataCatalog.get(name).get("thing_classes", []))
+    labels = labels or [f"class {i}" for i in range(num_classes)]
     summary.instances, summary.candidates = (
         _count(usable_boxes(records, size).classes, labels) for size in (0.0, min_box_size)
     )
