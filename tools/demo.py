@@ -12,6 +12,7 @@ from pathlib import Path
 
 from globalkd.analysis.curves import draw_curves
 from globalkd.analysis.demo_figures import draw_detections, draw_reliability
+from globalkd.analysis.html import Page
 from globalkd.analysis.report import build_report
 from globalkd.data import make_digit_scenes
 from globalkd.experiments.provenance import commit, machine
@@ -56,12 +57,14 @@ def collect(folders):
 
 
 def write_report(output, plain, distilled, detectors):
-    """The report of the first seed's distilled student, with what the demo has beyond one run."""
-    page = build_report(distilled, plain=plain, parts=["compare", "noise", "discrepancy"])
-    page.heading("The demo")
+    """What the demo found, and below it the report of the first seed's distilled student."""
+    page = Page("The demo: a teacher and its students on digit scenes")
     page.table(*detector_rows(detectors))
     for name, caption in FIGURES.items():
         page.image(output / name, caption)
+    page.heading("The distilled student, seed 1")
+    parts = ["compare", "noise", "discrepancy"]
+    build_report(distilled, plain=plain, parts=parts, page=page)
     page.write(output / "report.html")
 
 

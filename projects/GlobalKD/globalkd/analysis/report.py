@@ -11,7 +11,7 @@ import inspect
 import json
 import tempfile
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -33,7 +33,14 @@ PARTS = {
 MAX_ROWS = 40
 
 
-def build_report(run, *, plain="", parts: Sequence[str] = (), opts: Sequence[str] = ()) -> Page:
+def build_report(
+    run,
+    *,
+    plain="",
+    parts: Sequence[str] = (),
+    opts: Sequence[str] = (),
+    page: Optional[Page] = None,
+) -> Page:
     """Compute parts and make the page, for the caller to write or to add to.
 
     Args:
@@ -41,6 +48,7 @@ def build_report(run, *, plain="", parts: Sequence[str] = (), opts: Sequence[str
         plain: output folder of the plain student to compare with; empty for none.
         parts: names in PARTS to compute now.
         opts: overrides of the runs' configurations.
+        page: one to go on with; None for a new one.
 
     Raises:
         ValueError: a part needs a distilled run, and this one is not.
@@ -50,7 +58,7 @@ def build_report(run, *, plain="", parts: Sequence[str] = (), opts: Sequence[str
     cfg = read_config(run, opts)
     for name in parts:
         compute_part(name, run, plain, opts)
-    page = Page(f"Report of {run.resolve().name}")
+    page = page or Page(f"Report of {run.resolve().name}")
     page.paragraph(_about(run, cfg))
     add_part(page, "compare", run / "compare", title="Results")
     if is_distilled(cfg):
