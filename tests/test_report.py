@@ -166,7 +166,7 @@ def test_comparing_runs_gives_results_and_costs_with_the_teacher(runs, tmp_path)
     rows = list(csv.DictReader((tmp_path / "c" / "compare.csv").open()))
     assert [row["run"] for row in rows] == ["teacher of untrained", "untrained", "plain"]
     teacher, distilled, plain = rows
-    assert (distilled["AP"], plain["AP"], teacher["AP"]) == ("12.50", "11.25", "")
+    assert (distilled["AP"], plain["AP"], teacher["AP"]) == ("12.5000", "11.2500", "")
     for cost in ("parameters_M", "GFLOPs"):
         assert float(teacher[cost]) > float(distilled[cost]) == float(plain[cost]) > 0
     parameters = sum(p.numel() for p in load_run(runs[1]).parameters())
@@ -207,6 +207,7 @@ def test_the_report_has_everything_in_one_file(runs, tmp_path):
     page = check_self_contained(path.read_text())
     for text in ("Results", "Configuration", "MODEL.GLOBALKD.PROTOTYPES.NUM", "12.50", "11.25"):
         assert text in page.text, text
+    assert "12.5000" not in page.text
     assert len(page.of("img")) == 2 and len(page.of("details")) == 1
     assert read_config(distilled).dump() in page.text
 

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 
 def write_csv(path: Union[str, Path], rows: List[dict]) -> None:
-    """Write dicts with equal keys; floats get four decimals, from 10 on two; NaN is an empty cell.
+    """Write dicts with equal keys; floats get four decimals, NaN is an empty cell.
 
     Args:
         path: the file.
@@ -28,5 +28,5 @@ def as_text(rows: List[dict]) -> str:
 
 def _cell(value) -> str:
     if isinstance(value, float):
-        return "" if value != value else f"{value:.{4 if abs(value) < 10 else 2}f}"
+        return "" if value != value else f"{value:.4f}"
     return str(value)
