@@ -45,10 +45,7 @@ def comparison_images(cfg: CfgNode, count: int) -> Iterator[Tensor]:
     if not cfg.DATASETS.TEST:
         raise FileNotFoundError("DATASETS.TEST is empty.")
     name = cfg.DATASETS.TEST[0]
-    needed = cfg.clone()
-    for key in ("COCO", "VOC"):  # the other data sets need not be here
-        needed.DATASETS[key] = [entry for entry in cfg.DATASETS[key] if name in entry[:1]]
-    register_datasets(needed)
+    register_datasets(cfg, names=[name])  # the other data sets need not be here
     if name not in DatasetCatalog:
         raise FileNotFoundError(f"No dataset {name!r} (DATASETS.TEST) is registered.")
     loader = build_detection_test_loader(cfg, name)

@@ -25,8 +25,7 @@ def class_names(cfg: CfgNode, dataset: str) -> List[str]:
     """
     for name, json_file, _ in cfg.DATASETS.COCO:
         if name == dataset and os.path.isfile(json_file):
-            categories = sorted(read_categories(json_file), key=lambda x: x["id"])
-            return [category["name"] for category in categories]
+            return [category["name"] for category in read_categories(json_file)]
     for name, _, _, classes in cfg.DATASETS.VOC:
         if name == dataset:
             return list(classes)

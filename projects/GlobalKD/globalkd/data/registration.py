@@ -74,7 +74,7 @@ def _register_coco(entry: Sequence[str], *, masks: bool) -> None:
     if _is_registered(key, name, source):
         return
     try:
-        categories = sorted(read_categories(json_file), key=lambda category: category["id"])
+        categories = read_categories(json_file)
     except ValueError as error:
         raise ValueError(f"{key}: entry {entry!r}: {json_file}: {error}") from error
     MetadataCatalog.get(name).set(
@@ -155,7 +155,7 @@ def read_categories(json_file: str) -> List[Dict]:
         json_file: path of an annotation file.
 
     Returns:
-        The list of category dicts, never empty.
+        The category dicts in the order of their labels, by id; never empty.
 
     Raises:
         ValueError: the file is not JSON or lists no categories, or their ids are no integers.
@@ -173,7 +173,7 @@ def read_categories(json_file: str) -> List[Dict]:
     ):
         raise ValueError('a COCO JSON needs "categories": [{"id": ..., "name": ...}, ...]')
     check_ids(categories, "categories")
-    return categories
+    return sorted(categories, key=lambda category: category["id"])
 
 
 def _decode_list(content, start: int):
