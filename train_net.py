@@ -20,10 +20,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from globalkd import register_datasets
-from globalkd.config_reading import load_config
+from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.data.config_checks import check_data
 from globalkd.engine.launching import launch
-from globalkd.engine.trainer import DistillTrainer, fall_back_to_cpu
+from globalkd.engine.trainer import DistillTrainer
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
 

@@ -25,7 +25,8 @@ from tabulate import tabulate
 from globalkd import add_globalkd_config, register_datasets
 from globalkd.analysis.annotations import training_instances
 from globalkd.analysis.explained_share import explained_shares
-from globalkd.engine.trainer import DistillTrainer, fall_back_to_cpu
+from globalkd.config_reading import fall_back_to_cpu
+from globalkd.engine.trainer import DistillTrainer
 
 
 def timed(function, seconds):

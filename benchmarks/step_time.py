@@ -73,7 +73,7 @@ class Case:
         """A training step with these losses; ValueError where they are not for this detector."""
         settings = {**self.settings, "losses": [build_loss(self.cfg, name) for name in losses]}
         distiller = Distiller(**settings)
-        distiller.attach(self.student, num_classes=self.num_classes)
+        distiller.attach(self.student)
         distiller.start(self.student)
         if distiller.bank is not None:
             fill_bank(distiller.bank)

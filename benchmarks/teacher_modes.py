@@ -69,7 +69,7 @@ def term_errors(case: Case, teachers: Dict[str, Teacher], batch: List[dict]) -> 
     """Setting -> largest relative change of a term of GlobalKD's step."""
     losses = [build_loss(case.cfg, name) for name in case.cfg.MODEL.GLOBALKD.LOSSES]
     distiller = Distiller(**{**case.settings, "losses": losses})
-    distiller.attach(case.student, num_classes=case.num_classes)
+    distiller.attach(case.student)
     distiller.start(case.student)
     fill_bank(distiller.bank)
     case.student.distiller = distiller

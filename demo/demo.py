@@ -26,9 +26,8 @@ from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
 from globalkd import register_datasets
-from globalkd.config_reading import load_config
+from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.data.unreadable import UNREADABLE
-from globalkd.engine.trainer import fall_back_to_cpu
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
 

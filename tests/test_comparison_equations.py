@@ -58,7 +58,7 @@ def test_hinton(rows, one_stage):
         for i in kept
     ]
     count = len(weight) if one_stage else len(kept)
-    loss = attach(HintonKD(temperature=3.0, rows=rows, weighted=True), context)
+    loss = attach(HintonKD(temperature=3.0, rows=rows, use_reliability=True), context)
     if one_stage and rows == "all":  # the running mean: 100 at first
         close(evaluate(loss, context)["loss_kd_hinton"], sum(terms) / (90 + 0.1 * count))
         count = 81 + 0.19 * count
@@ -117,7 +117,7 @@ def test_rkd_spans_angles_between_an_even_subset_of_many_instances_and_says_so()
 
 def test_rkd_with_prototypes_is_the_global_knowledge_of_all_classes():
     context = toy_step(bank=toy_bank())
-    expected = GlobalKnowledge(scope="all", penalty="smooth_l1", weighted=False)(context)
+    expected = GlobalKnowledge(scope="all", penalty="smooth_l1", use_reliability=False)(context)
     value = RKD(relations="prototypes")(context)["loss_kd_rkd_prototypes"]
     assert torch.equal(value, expected["loss_kd_global"])
 
@@ -402,7 +402,7 @@ def test_rank_mimicking_compares_distributions_over_each_objects_anchors():
             total += sum(w * a * (a.log() - b.log()) for w, a, b in zip(weight, t, s))
             objects += 1
     assert objects >= 2
-    value = evaluate(RankMimicking(weighted=True), context)["loss_kd_rank"]
+    value = evaluate(RankMimicking(use_reliability=True), context)["loss_kd_rank"]
     close(value, total / objects)
 
 

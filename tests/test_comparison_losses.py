@@ -193,7 +193,7 @@ def test_reliability_counts_only_where_it_is_asked_for(name, one_stage):
     first = next(iter(build(name, plain).weights))
     unweighted = evaluate(build(name, banked), banked)[first]
     assert torch.equal(unweighted, evaluate(build(name, plain), plain)[first])
-    without_bank = evaluate(build(name, plain, weighted=True), plain)[first]
+    without_bank = evaluate(build(name, plain, use_reliability=True), plain)[first]
     torch.testing.assert_close(without_bank, unweighted)
-    weighted = evaluate(build(name, banked, weighted=True), banked)[first]
+    weighted = evaluate(build(name, banked, use_reliability=True), banked)[first]
     assert not torch.isclose(weighted, unweighted, rtol=1e-5, atol=0)

@@ -21,6 +21,7 @@ from globalkd.engine.trainer import DistillTrainer
 from globalkd.prototypes import refresh as prototype_refresh
 from globalkd.prototypes.class_sharding import ClassShard
 from globalkd.prototypes.generation import generate_prototypes
+from globalkd.prototypes.settings import GenerationSettings
 from globalkd.structures import PairedFeatures
 
 pytestmark = pytest.mark.slow
@@ -108,16 +109,8 @@ COUNTS = [30, 0, 7, 12]
 
 
 def _generate(features, generator):
-    settings = {"lam": 10.0, "normalize": True, "density_percentile": 0.0, "space": "teacher"}
-    return generate_prototypes(
-        features,
-        num_classes=len(COUNTS),
-        num_prototypes=4,
-        generator=generator,
-        dbscan_eps=2.0,
-        seed=1,
-        **settings,
-    )
+    settings = GenerationSettings(generator, num_prototypes=4)
+    return generate_prototypes(features, settings, num_classes=len(COUNTS))
 
 
 def _generate_sharded(rank, bounds):

@@ -423,7 +423,7 @@ def test_boxes_are_weighted_by_their_own_reliability_whatever_the_instances_are(
         context = make_context(
             [4, 6], ground_truth=rows, instances=instances, bank=bank, pooler=pooler
         )
-        loss = make_loss(InstanceFeature, num_levels=1, weighted=True)
+        loss = make_loss(InstanceFeature, num_levels=1, use_reliability=True)
         student, teacher = ground_truth_grids(context, context.levels[0], 3)
         errors = instance_feature_error(loss.adapters["p3"](student), teacher)
         torch.testing.assert_close(value(loss, context), (errors * rows.classes / 10).mean())
@@ -436,8 +436,8 @@ def test_boxes_are_weighted_by_their_own_reliability_whatever_the_instances_are(
         (PixelRelation, {"num_nodes": []}, r"PIXEL_RELATION.NUM_NODES is \[\]"),
         (PixelRelation, {"state_channels": [8, 0]}, "PIXEL_RELATION.STATE_CHANNELS"),
         (InstanceRelation, {"match": "both"}, r"MATCH is 'both'.*\['matrix', 'features'\]"),
-        (InstanceRelation, {"embedding_channels": 0}, "EMBEDDING_CHANNELS is 0.*at least 1"),
-        (InstanceFeature, {"resolution": 0}, "INSTANCE_FEATURE.RESOLUTION is 0.*at least 1"),
+        (InstanceRelation, {"embedding_channels": 0}, "EMBEDDING_CHANNELS is 0.*1 or more"),
+        (InstanceFeature, {"resolution": 0}, "INSTANCE_FEATURE.RESOLUTION is 0.*1 or more"),
     ],
 )
 def test_a_wrong_setting_names_its_key(cls, settings, message):

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 from toy_step import CLASSES, attach, close, evaluate, mean, toy_step
@@ -111,3 +112,14 @@ def test_icd_decoder_attends_head_by_head_and_not_to_padding():
     decoded = decoder.norms[1](decoded + decoder.feed_forward(decoded))
     close(predictions[0], decoder.predict(decoded))
     close(value[0, 2, 1], v[2, 4:])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("weight", "auxiliary"), [(0.0, 1.0), (3.0, 0.0)])
+def test_icd_has_no_half(weight, auxiliary):
+    with pytest.raises(ValueError, match=f"ICD.AUXILIARY_WEIGHT is {auxiliary}"):
+        ICD(weight=weight, auxiliary_weight=auxiliary)
+
+
+def test_icd_without_weights_has_no_terms():
+    assert not ICD(weight=0.0, auxiliary_weight=0.0).weights

@@ -542,7 +542,10 @@ class TestFile:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"projection": "dot"}, r"PROJECTION\.TYPE is 'dot'; it must be \['pursuit', 'cosine'\]"),
+        (
+            {"projection": "dot"},
+            r"PROJECTION\.TYPE is 'dot'; it must be one of \['pursuit', 'cosine'\]",
+        ),
         ({"projection_lambda": -1.0}, r"PROJECTION\.LAMBDA is -1"),
         ({"reliability": "exp"}, r"RELIABILITY\.TYPE is 'exp'.*'max_cosine'"),
         ({"num_prototypes": 0}, r"PROTOTYPES\.NUM is 0; it must be 1 or more"),

@@ -11,9 +11,9 @@ from globalkd.prototypes.generation import dense_instances, generate_prototypes,
 from globalkd.prototypes.generators import (
     PROTOTYPE_GENERATOR_REGISTRY,
     ClassInstances,
-    GeneratorSettings,
     dbscan,
 )
+from globalkd.prototypes.settings import GenerationSettings
 from globalkd.prototypes.sparse_coding import select_atoms
 from globalkd.structures import PairedFeatures
 
@@ -37,18 +37,9 @@ def paired_features(counts, levels=("p2", "p3"), d_t=8, d_s=5, seed=0):
     )
 
 
-def generate(features, num_classes, **changes):
-    settings = {
-        "num_prototypes": 4,
-        "generator": "pursuit",
-        "lam": 10.0,
-        "normalize": True,
-        "density_percentile": 0.0,
-        "space": "teacher",
-        "dbscan_eps": 2.0,
-        "seed": 1,
-    }
-    return generate_prototypes(features, num_classes=num_classes, **{**settings, **changes})
+def generate(features, num_classes, *, progress=False, **changes):
+    settings = GenerationSettings(**{"num_prototypes": 4, **changes})
+    return generate_prototypes(features, settings, num_classes=num_classes, progress=progress)
 
 
 def clusters(sizes, radius=0.02, seed=0):
@@ -232,7 +223,7 @@ class TestAlternatives:
         instances = ClassInstances(
             teacher, student, torch.zeros(30, 4), torch.ones(30, dtype=torch.bool)
         )
-        settings = GeneratorSettings(20, 10.0, "teacher", 2.0, 1)
+        settings = GenerationSettings("dbscan", num_prototypes=20)
         rows, _ = dbscan(instances, settings)
         assert len(set(rows.tolist())) == len(rows) == 10
 

@@ -250,7 +250,7 @@ def test_none_without_refreshes(tiny_cfg):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("REFRESH", "scan", "'scan'; it must be pass or harvest"),
+        ("REFRESH", "scan", "'scan'; it must be one of .*'pass', 'harvest'"),
         ("RESERVOIR_SIZE", 0, "0; it must"),
     ],
 )

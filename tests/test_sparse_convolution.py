@@ -90,3 +90,18 @@ def test_the_response_term_is_that_of_the_whole_head(tiny_cfg, batch, monkeypatc
             terms.append(model(batch)["loss_kd_response"])
     assert terms[0] > 0
     torch.testing.assert_close(*terms)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_single_anchors_are_not_scored_where_another_loss_reads_all(
+    order, tiny_cfg, batch, monkeypatch
+):
+    """Whatever the order of the losses, the teacher's dense head runs once, on whole maps."""
+    losses = ["ResponseKnowledge", "PredictionGuidedImitation"][::order]
+    cfg = tiny_cfg("retinanet", "MODEL.GLOBALKD.LOSSES", losses)
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS += ["MODEL.RETINANET.NORM", ""]
+    register_datasets(cfg)
+    model = build_model(cfg).train()
+    monkeypatch.setattr(Teacher, "anchor_logits", lambda *args: pytest.fail("scored one by one"))
+    with EventStorage(0):
+        assert model(batch)["loss_kd_response"] > 0

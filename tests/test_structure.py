@@ -12,6 +12,7 @@ LEVELS = {
     "config": 0,
     "dense_head": 0,
     "random_state": 0,
+    "requirement": 0,
     "safe_loading": 0,
     "schedule": 0,
     "sparse_convolution": 0,

@@ -324,8 +324,8 @@ def test_a_teacher_of_two_distillers_is_whole_again_for_heads(tiny_cfg):
     student = build_model(cfg)
     teacher = student.distiller.teacher
     assert list(teacher.features(make_batch([1]), "BGR")) == ["p3"]
-    again = Distiller(teacher=teacher, losses=[ResponseKnowledge(weighted=False)])
-    again.attach(student, num_classes=student.roi_heads.num_classes)
+    again = Distiller(teacher=teacher, losses=[ResponseKnowledge(use_reliability=False)])
+    again.attach(student)
     assert list(teacher.features(make_batch([1]), "BGR")) == list(teacher.output_shape)
 
 

@@ -10,12 +10,12 @@ from conftest import NARROW
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from globalkd.config_reading import fall_back_to_cpu
 from globalkd.data import register_datasets
 from globalkd.engine.trainer import (
     DistillTrainer,
     check_classes,
     check_data,
-    fall_back_to_cpu,
     first_images,
 )
 

@@ -14,8 +14,7 @@ import sys
 
 from globalkd.analysis.checks.check import check_run
 from globalkd.analysis.components import components_text
-from globalkd.config_reading import load_config
-from globalkd.engine.trainer import fall_back_to_cpu
+from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.user_modules import add_import_argument, import_modules
 
 

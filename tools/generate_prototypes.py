@@ -13,8 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from globalkd import register_datasets
-from globalkd.config_reading import load_config
-from globalkd.engine.trainer import fall_back_to_cpu
+from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
 

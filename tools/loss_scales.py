@@ -20,8 +20,8 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from globalkd import DISTILL_LOSS_REGISTRY, register_datasets
-from globalkd.config_reading import load_config
-from globalkd.engine.trainer import DistillTrainer, fall_back_to_cpu
+from globalkd.config_reading import fall_back_to_cpu, load_config
+from globalkd.engine.trainer import DistillTrainer
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
 

@@ -1,6 +1,7 @@
 """Every configuration key of this project, once, with its default and what it means.
 
-Here and nowhere else: the defaults. `docs/config.md` is generated from the comments of this file.
+Here are the defaults of a run from a config file; what is built by hand, or by a LazyConfig, has
+those of its class. `docs/config.md` is generated from the comments of this file.
 A comment above a key describes it; the paper's symbol stands where there is one.
 """
 
@@ -75,7 +76,7 @@ def _add_core_keys(cfg: CN) -> None:
     node.INHERIT_TEACHER_HEADS = False
     # Iterations over which the distillation weights rise linearly from 0. 0: no warm-up.
     node.WARMUP_ITERS = 0
-    # Iteration after which distillation stops. 0: never.
+    # Iteration from which on there is no distillation. 0: there always is.
     node.STOP_ITER = 0
     # Decay of the distillation weights towards 0 over SOLVER.MAX_ITER: "none" (the paper's text),
     # "linear" (the authors' released code; better here as well, see docs/method.md) or "cosine".

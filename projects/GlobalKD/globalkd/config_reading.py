@@ -13,6 +13,7 @@ import os
 import re
 from typing import Iterator, List, Optional, Sequence, Tuple
 
+import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -196,6 +197,13 @@ def check_config(cfg: CfgNode) -> None:
             f"{architecture!r}, which does not distil. Set it to 'DistillGeneralizedRCNN' or "
             "'DistillRetinaNet', or MODEL.GLOBALKD.ENABLED to False."
         )
+
+
+def fall_back_to_cpu(cfg: CfgNode) -> None:
+    """Set MODEL.DEVICE to cpu, with a warning, where it is cuda and there is no GPU."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning(f"No GPU here: MODEL.DEVICE is cpu instead of {cfg.MODEL.DEVICE}.")
+        cfg.MODEL.DEVICE = "cpu"
 
 
 def _check_number(key: str, value, number: float) -> None:

@@ -19,10 +19,11 @@ from .pairing import check_pair, inherit_heads
 from .prototypes.bank import PrototypeBank
 from .prototypes.refresh import PrototypeRefresher
 from .prototypes.reservoir import InstanceReservoir
+from .requirement import require
 from .schedule import weight_factor
 from .structures import PrototypeSet
 from .teacher import Teacher
-from .teacher.building import build_teacher
+from .teacher.building import teacher_from_config
 from .visualization import put_reliability
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,16 @@ class Distiller(nn.Module):
             input_format: channel order of the student's images.
             vis_period: iterations between two pictures of the reliability weights; 0 for none.
 
-        The other arguments are the keys of MODEL.GLOBALKD with the same names; see `config.py`.
+        The other arguments are keys of MODEL.GLOBALKD: see `from_config`, and `config.py`.
         """
         super().__init__()
-        _check_choice("INSTANCES", instances, ("positives", "ground_truth"))
-        _check_choice("DECAY", decay, ("none", "linear", "cosine"))
-        _check_choice("NON_FINITE_LOSS", non_finite_loss, ("raise", "skip"))
-        active = [loss for loss in losses if any(loss.weights.values())]
+        for key, value, allowed in (
+            ("INSTANCES", instances, ("positives", "ground_truth")),
+            ("DECAY", decay, ("none", "linear", "cosine")),
+            ("NON_FINITE_LOSS", non_finite_loss, ("raise", "skip")),
+        ):
+            require(key, value, value in allowed, allowed)
+        active = [loss for loss in losses if loss.weights]
         if not active:
             raise ValueError(
                 "MODEL.GLOBALKD.LOSSES names no loss with a weight above 0. To train the student "
@@ -116,21 +120,8 @@ class Distiller(nn.Module):
     @classmethod
     def from_config(cls, cfg):
         node = cfg.MODEL.GLOBALKD
-        teacher = build_teacher(
-            node.TEACHER.CONFIG_FILE,
-            node.TEACHER.WEIGHTS,
-            node.TEACHER.OPTS,
-            allow_random_weights=node.TEACHER.ALLOW_RANDOM_WEIGHTS,
-            allow_pickle=node.ALLOW_PICKLE,
-            device=cfg.MODEL.DEVICE,
-            like=cfg,
-            precision=node.TEACHER.PRECISION,
-            compile=node.TEACHER.COMPILE,
-            input_scale=node.TEACHER.INPUT_SCALE,
-            side_stream=node.TEACHER.SIDE_STREAM,
-        )
         return {
-            "teacher": teacher,
+            "teacher": teacher_from_config(cfg),
             "losses": [build_loss(cfg, name) for name in node.LOSSES],
             "refresher": PrototypeRefresher(cfg),
             "in_features": node.IN_FEATURES,
@@ -159,7 +150,7 @@ class Distiller(nn.Module):
         self.teacher.apply_(fn)
         return super()._apply(fn, *args, **kwargs)
 
-    def attach(self, student: nn.Module, *, num_classes: int) -> None:
+    def attach(self, student: nn.Module) -> None:
         """Create what depends on the pair: matched levels, prototype bank, adapters. Called once.
 
         Raises:
@@ -172,6 +163,7 @@ class Distiller(nn.Module):
             "Distilled levels (student <- teacher): "
             + ", ".join(f"{p.student} <- {p.teacher} (stride {p.stride})" for p in self.levels)
         )
+        num_classes = getattr(student, "roi_heads", student).num_classes
         check_pair(
             student,
             self.teacher,
@@ -184,7 +176,7 @@ class Distiller(nn.Module):
         read = self.teacher.output_shape if heads else [p.teacher for p in self.levels]
         self.teacher.read_levels(list(read))
         weighted = self.bank_settings["reliability"] != "none"
-        if any(x.needs_prototypes or (x.weighted and weighted) for x in losses):
+        if any(x.needs_prototypes or (x.use_reliability and weighted) for x in losses):
             self.bank = PrototypeBank(
                 levels=[p.student for p in self.levels],
                 num_classes=num_classes,
@@ -315,6 +307,7 @@ class Distiller(nn.Module):
         ground_truth = InstanceRows.from_ground_truth(
             [x["instances"] for x in batched_inputs], student.positives.boxes.device
         )
+        losses = self.losses.values()
         return DistillContext(
             levels=self.levels,
             student_maps=student_maps,
@@ -329,7 +322,8 @@ class Distiller(nn.Module):
             teacher=self.teacher,
             bank=self.bank,
             student_dense=student.dense,
-            all_rows=any(loss.needs_predictions for loss in self.losses.values()),
+            all_rows=any(loss.needs_predictions for loss in losses),
+            dense_read=any(loss.needs_dense for loss in losses),
             iteration=iteration,
             batched_inputs=batched_inputs,
         )
@@ -384,8 +378,3 @@ def build_loss(cfg, name: str) -> DistillLoss:
         known = sorted(key for key, _ in DISTILL_LOSS_REGISTRY)
         raise ValueError(f"MODEL.GLOBALKD.LOSSES names {name!r}; registered are {known}.")
     return DISTILL_LOSS_REGISTRY.get(name)(cfg)
-
-
-def _check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"MODEL.GLOBALKD.{key} is {value!r}; it must be one of {allowed}.")

@@ -15,6 +15,8 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from .requirement import require
+
 
 @contextmanager
 def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[Dict[str, Any]]:
@@ -123,10 +125,7 @@ class InstancePooler(nn.Module):
             resolution: sampling points per side, G.
         """
         super().__init__()
-        if resolution < 1:
-            raise ValueError(
-                f"MODEL.GLOBALKD.POOLER_RESOLUTION is {resolution}; it must be at least 1."
-            )
+        require("POOLER_RESOLUTION", resolution, resolution >= 1, "1 or more")
         self.resolution = resolution
 
     def forward(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:

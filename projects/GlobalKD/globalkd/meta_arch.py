@@ -56,8 +56,8 @@ class AnchorCandidates(Candidates):
     one_stage: ClassVar[bool] = True
 
     def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
-        dense_known = "teacher_dense" in vars(context)  # some loss has read it
-        if rows is not None and not dense_known and context.teacher.scores_single_anchors:
+        apart = rows is not None and not context.dense_read
+        if apart and context.teacher.scores_single_anchors:
             return context.teacher.anchor_logits(context.teacher_features, rows, len(self.logits))
         logits = context.teacher_dense.flat_logits.flatten(0, 1)
         return logits if rows is None else logits[rows]
@@ -79,9 +79,8 @@ class DistillMixin:
         """
         super().__init__(**kwargs)
         self.distiller = distiller
-        self._recorded = None  # outputs of the step that is running
         if distiller is not None:
-            self._attach(distiller)
+            distiller.attach(self)
             self._register_state_dict_hook(_hide_distiller)
             self.register_load_state_dict_post_hook(_forgive_distiller)
 
@@ -103,9 +102,7 @@ class DistillMixin:
             return {**super().forward(batched_inputs), **self.distiller.zero_terms()}
         teacher_pass = self.distiller.begin(batched_inputs)
         with self._recording() as recorded:
-            self._recorded = recorded
             losses = super().forward(batched_inputs)
-            self._recorded = None
         losses.update(self.distiller(batched_inputs, self._outputs(recorded), losses, teacher_pass))
         return losses
 
@@ -141,9 +138,6 @@ def _forgive_distiller(_module, incompatible):
 @META_ARCH_REGISTRY.register()
 class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
     """A two-stage student: `GeneralizedRCNN` with any box heads of Detectron2."""
-
-    def _attach(self, distiller: Distiller) -> None:
-        distiller.attach(self, num_classes=self.roi_heads.num_classes)
 
     def _recorded_modules(self) -> Dict[str, nn.Module]:
         predictor = self.roi_heads.box_predictor
@@ -206,14 +200,19 @@ class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
 class DistillRetinaNet(DistillMixin, RetinaNet):
     """A one-stage student: RetinaNet."""
 
-    def _attach(self, distiller: Distiller) -> None:
-        distiller.attach(self, num_classes=self.num_classes)
+    @contextmanager
+    def _recording(self) -> Iterator[Dict[str, Any]]:
+        losses = self.losses
 
-    def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
-        """The parent's losses; what they are computed from is recorded for the distiller."""
-        if self._recorded is not None:
-            self._recorded["losses"] = (anchors, pred_logits, gt_labels, gt_boxes)
-        return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        def record_labels(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+            recorded["losses"] = (anchors, pred_logits, gt_labels, gt_boxes)
+            return losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+
+        with (
+            super()._recording() as recorded,
+            mock.patch.object(self, "losses", record_labels),
+        ):
+            yield recorded
 
     def _scored(self, recorded: Dict[str, Any]) -> Tuple[AnchorCandidates, Positives]:
         anchors, pred_logits, gt_labels, gt_boxes = recorded["losses"]

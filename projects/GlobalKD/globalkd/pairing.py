@@ -35,8 +35,8 @@ def check_pair(
         ValueError: it does not; the message names the losses that ask for it.
     """
 
-    def asking(demand: str) -> List[str]:
-        return [name for name, loss in losses.items() if getattr(loss, demand)]
+    def asking(*demands: str) -> List[str]:
+        return [n for n, loss in losses.items() if any(getattr(loss, d) for d in demands)]
 
     if asking("one_stage_only") and _head_kind(student) != "dense":
         raise ValueError(
@@ -44,21 +44,22 @@ def check_pair(
             f"({type(student).__name__}) has {_head_kind(student)} heads. Take them out of "
             "MODEL.GLOBALKD.LOSSES, or distil a RetinaNet."
         )
+    comparing = asking("needs_responses", "needs_predictions")
     by_anchor = asking("needs_dense")
     if _head_kind(student) == "dense":
-        by_anchor += asking("needs_responses")
+        by_anchor += comparing
     if by_anchor and teacher.input_scale != 1:
         raise ValueError(
             f"{by_anchor} compare anchor by anchor, but with MODEL.GLOBALKD.TEACHER.INPUT_SCALE = "
             f"{teacher.input_scale:g} the teacher's anchors are others. Set it to 1, or take the "
             "losses out of MODEL.GLOBALKD.LOSSES."
         )
-    if asking("needs_responses"):
-        check_comparable(student, teacher, asking("needs_responses"), num_classes=num_classes)
+    if comparing:
+        check_comparable(student, teacher, comparing, num_classes=num_classes)
     if asking("needs_dense"):
         _check_dense_heads(student, teacher, asking("needs_dense"))
-    if asking("needs_anchors") or asking("needs_dense"):
-        _check_anchored(student, levels, asking("needs_anchors") + asking("needs_dense"))
+    if asking("needs_anchors", "needs_dense"):
+        _check_anchored(student, levels, asking("needs_anchors", "needs_dense"))
 
 
 def check_comparable(

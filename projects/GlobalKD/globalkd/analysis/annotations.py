@@ -115,9 +115,9 @@ def make_prototypes(
     settings = replace(settings, generator=generator or settings.generator)
     prototypes = generate_prototypes(
         features,
+        settings,
         num_classes=distiller.bank.num_classes,
         device=next(model.parameters()).device,
-        **vars(settings),
     )
     distiller.bank.update(prototypes)
     return prototypes

@@ -9,13 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
-from ..config_reading import load_config
+from ..config_reading import fall_back_to_cpu, load_config
 from ..data import register_datasets
-from ..engine.trainer import fall_back_to_cpu
 from ..meta_arch import DistillMixin
 from ..safe_loading import SafeCheckpointer
 from ..teacher import Teacher
-from ..teacher.building import build_teacher
+from ..teacher.building import teacher_from_config
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP-clean", "AP-ambiguous")
 
@@ -133,12 +132,4 @@ def load_teacher(folder, opts: Sequence[str] = ()) -> Teacher:
             f"{cfg.MODEL.META_ARCHITECTURE} and MODEL.GLOBALKD.ENABLED is "
             f"{cfg.MODEL.GLOBALKD.ENABLED}."
         )
-    node = cfg.MODEL.GLOBALKD.TEACHER
-    return build_teacher(
-        node.CONFIG_FILE,
-        node.WEIGHTS,
-        node.OPTS,
-        allow_random_weights=node.ALLOW_RANDOM_WEIGHTS,
-        allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE,
-        device=cfg.MODEL.DEVICE,
-    )
+    return teacher_from_config(cfg)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _SHOWN = 5
 
 
-def check_data(cfg: CfgNode, teacher_classes: Sequence[str] = (), *, train: bool = True) -> None:
+def check_data(cfg: CfgNode, *, train: bool = True) -> None:
     """Check the datasets of DATASETS.TRAIN and DATASETS.TEST before a run.
 
     Reads every test set once, so that an error in its annotations ends the run here and not at the
@@ -34,7 +34,6 @@ def check_data(cfg: CfgNode, teacher_classes: Sequence[str] = (), *, train: bool
 
     Args:
         cfg: a complete config whose datasets are registered.
-        teacher_classes: the teacher's class names; empty without a teacher, or where unknown.
         train: False for an evaluation alone: DATASETS.TRAIN need not be there, and is compared
             where its classes can be read; test sets are not read beforehand.
 
@@ -52,7 +51,7 @@ def check_data(cfg: CfgNode, teacher_classes: Sequence[str] = (), *, train: bool
             require_images(len(records), name)
             if MetadataCatalog.get(name).get("evaluator_type") == "coco":
                 require_integer_ids([record.get("image_id") for record in records], name)
-    check_classes(cfg, teacher_classes)
+    check_classes(cfg)
     check_num_classes(cfg)
 
 

@@ -3,11 +3,12 @@
 The same trainer trains a teacher, a plain student and a distilled one; the configuration decides.
 """
 
+import contextlib
 import logging
 import os
-from contextlib import contextmanager
+import weakref
 from functools import partial
-from typing import Iterator, List, Optional
+from typing import ContextManager, List, Optional
 from unittest import mock
 
 import torch
@@ -54,8 +55,14 @@ class DistillTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         check_data(cfg)  # before anything that takes long
-        with _own_parts(cfg):
+        with _ddp_on_cpu(cfg):
             super().__init__(cfg)
+        self.checkpointer = AtomicCheckpointer(
+            self.model,
+            cfg.OUTPUT_DIR,
+            allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE,
+            trainer=weakref.proxy(self),
+        )
         model = getattr(self.model, "module", self.model)
         self.run_state = RunState(model, getattr(self.data_loader, "seed", None))
         teacher_classes = ()
@@ -167,25 +174,12 @@ class DistillTrainer(DefaultTrainer):
         logger.info(f"Resumed at iteration {self.start_iter}. {how}")
 
 
-@contextmanager
-def _own_parts(cfg: CfgNode) -> Iterator[None]:
-    """Let Detectron2's trainer build two parts in another way than it does by itself."""
-    create = create_ddp_model
-    if cfg.MODEL.DEVICE == "cpu":  # DDP refuses the GPU index that Detectron2 hands it
-        create = partial(create_ddp_model, device_ids=None)
-    checkpointer = partial(AtomicCheckpointer, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE)
-    with (
-        mock.patch.object(defaults, "create_ddp_model", create),
-        mock.patch.object(defaults, "DetectionCheckpointer", checkpointer),
-    ):
-        yield
-
-
-def fall_back_to_cpu(cfg: CfgNode) -> None:
-    """Set MODEL.DEVICE to cpu, with a warning, where it is cuda and there is no GPU."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning(f"No GPU here: MODEL.DEVICE is cpu instead of {cfg.MODEL.DEVICE}.")
-        cfg.MODEL.DEVICE = "cpu"
+def _ddp_on_cpu(cfg: CfgNode) -> ContextManager:
+    """Keep from DDP the GPU index that Detectron2's trainer hands it, which it refuses on a CPU."""
+    if cfg.MODEL.DEVICE != "cpu":
+        return contextlib.nullcontext()
+    create = partial(create_ddp_model, device_ids=None)
+    return mock.patch.object(defaults, "create_ddp_model", create)
 
 
 def first_images(dataset: str, count: int) -> str:

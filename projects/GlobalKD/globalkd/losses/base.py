@@ -32,13 +32,14 @@ class DistillLoss(nn.Module):
     """Base class of the losses.
 
     Attributes:
-        weights: term name -> weight. The distiller multiplies, and nothing else does.
-        weighted: whether the loss reads `context.reliability`.
+        weights: term name -> weight above 0. The distiller multiplies, and nothing else does. A
+            loss without any is left out.
+        use_reliability: whether the loss weighs instances with `context.reliability`.
         needs_prototypes: whether the loss reads `context.bank`.
-        needs_responses: whether the loss reads `context.responses` or `context.predictions`.
+        needs_responses: whether it reads `context.responses`.
         needs_predictions: whether it reads `context.predictions`.
         needs_anchors: whether it reads `context.student_dense`, on every level.
-        needs_dense: whether it reads `context.teacher_dense`, too.
+        needs_dense: whether it reads `context.teacher_dense`, on every level.
         one_stage_only: whether the method is defined for one-stage detectors alone.
         num_classes: K; set before `attach` is called.
     """
@@ -51,24 +52,35 @@ class DistillLoss(nn.Module):
     one_stage_only: bool = False
     num_classes: int = 0
 
-    def __init__(self, weights: Dict[str, float], *, weighted: bool = False):
+    def __init__(self, weights: Dict[str, float], *, use_reliability: bool = False):
+        """
+        Args:
+            weights: term name -> weight, 0 or more; terms of weight 0 are left out.
+            use_reliability: see above.
+        """
         super().__init__()
         negative = {name: w for name, w in weights.items() if w < 0}
         if negative:
             raise ValueError(f"The weight of a distillation loss cannot be negative: {negative}.")
-        self.weights = weights
-        self.weighted = weighted
+        self.weights = {name: w for name, w in weights.items() if w}
+        self.use_reliability = use_reliability
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         """Create what depends on the pair of detectors, such as adapters. Called once."""
 
     def forward(self, context: "DistillContext") -> Dict[str, Tensor]:
-        """Unweighted scalar terms, one for each key of `weights` whose weight is not 0.
+        """Unweighted scalar terms, one for each key of `weights`.
 
         Without an instance a term is a zero that still carries gradient to the loss's own
         parameters and to the student, so that no process waits for another.
         """
         raise NotImplementedError
+
+    def instance_weight(self, context: "DistillContext", level: str) -> Tensor:
+        """(R,) reliability of the context's instances where the loss weighs with it, else 1."""
+        if self.use_reliability:
+            return context.reliability[level]
+        return context.instances.boxes.new_ones(len(context.instances))
 
 
 @dataclass
@@ -89,6 +101,9 @@ class DistillContext:
         bank: the prototypes; None where no loss asks for them.
         student_dense: the outputs of the student's dense head; None where it has none.
         all_rows: whether some loss reads `predictions`: the teacher's head then runs on all rows.
+        dense_read: whether some loss reads `teacher_dense`: no row of it is computed apart then.
+        iteration: of the training.
+        batched_inputs: the student's input.
     """
 
     levels: Sequence[LevelPair]
@@ -105,6 +120,7 @@ class DistillContext:
     bank: Optional[PrototypeBank] = None
     student_dense: Optional[DenseOutputs] = None
     all_rows: bool = False
+    dense_read: bool = False
     iteration: int = 0
     batched_inputs: List[dict] = field(default_factory=list)
     #: name -> detached scalar, written to the EventStorage now and then; losses may add to it.
@@ -148,11 +164,6 @@ class DistillContext:
             )
             for p in self.levels
         }
-
-    @cached_property
-    def ground_truth_reliability(self) -> Dict[str, Tensor]:
-        """`reliability` of the annotated boxes, pooled for it unless they are the instances."""
-        return self.on_ground_truth.reliability
 
     @cached_property
     def on_ground_truth(self) -> "DistillContext":

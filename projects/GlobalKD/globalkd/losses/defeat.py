@@ -10,11 +10,11 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from ..features import LevelPair
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import box_mask, build_adapters, weighted_feature_loss
-from .instance_feature import ground_truth_weight
 from .outputs import Responses
-from .response import check_temperature, sigmoid_kl, softmax_kl
+from .response import sigmoid_kl, softmax_kl
 
 #: Boxes are on the finest level up to twice this side in pixels, then on the next one, and so on.
 FINEST_SIDE = 56.0
@@ -64,7 +64,7 @@ class DeFeat(DistillLoss):
         positive_weight: float = 0.0,
         negative_weight: float = 0.0,
         temperature: float = 1.0,
-        weighted: bool = False,
+        use_reliability: bool = False,
     ):
         """
         Args:
@@ -73,7 +73,7 @@ class DeFeat(DistillLoss):
             positive_weight: weight of the head's predictions on the foreground.
             negative_weight: weight of the head's predictions on the background.
             temperature: T of the head's two terms.
-            weighted: multiply each box's cells by its reliability.
+            use_reliability: multiply each box's cells by its reliability.
         """
         weights = {
             "loss_kd_defeat_object": object_weight,
@@ -81,11 +81,11 @@ class DeFeat(DistillLoss):
             "loss_kd_defeat_positive": positive_weight,
             "loss_kd_defeat_negative": negative_weight,
         }
-        super().__init__({k: w for k, w in weights.items() if w}, weighted=weighted)
-        check_temperature("DEFEAT", temperature)
+        super().__init__(weights, use_reliability=use_reliability)
+        require("DEFEAT.TEMPERATURE", temperature, temperature > 0, "above 0")
         self.temperature = temperature
         self.needs_maps = bool(object_weight or background_weight)
-        self.needs_responses = self.needs_predictions = bool(positive_weight or negative_weight)
+        self.needs_predictions = bool(positive_weight or negative_weight)
 
     @classmethod
     def from_config(cls, cfg):
@@ -96,7 +96,7 @@ class DeFeat(DistillLoss):
             "positive_weight": node.POSITIVE_WEIGHT,
             "negative_weight": node.NEGATIVE_WEIGHT,
             "temperature": node.TEMPERATURE,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
@@ -117,7 +117,7 @@ class DeFeat(DistillLoss):
         for level, pair in enumerate(context.levels):
             teacher = context.teacher_maps[pair.student]
             student = self.adapters[pair.student](context.student_maps[pair.student])
-            weight = ground_truth_weight(context, pair.student, self.weighted).float()
+            weight = self.instance_weight(context.on_ground_truth, pair.student).float()
             # A weight of 0 must not turn an instance's cells into background.
             mask = box_mask(
                 context.ground_truth,

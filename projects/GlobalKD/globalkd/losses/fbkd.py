@@ -13,9 +13,9 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..features import LevelPair
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import build_adapters
-from .response import check_temperature
 
 
 def root_mean_square(x: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ class FBKD(DistillLoss):
             "loss_kd_fbkd_feature": feature_weight,
             "loss_kd_fbkd_relation": relation_weight,
         }
-        super().__init__({k: w for k, w in weights.items() if w})
-        check_temperature("FBKD", temperature)
+        super().__init__(weights)
+        require("FBKD.TEMPERATURE", temperature, temperature > 0, "above 0")
         self.temperature = temperature
         self.measures = {
             "loss_kd_fbkd_spatial": self._spatial,

@@ -7,6 +7,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..features import LevelPair
+from ..requirement import require
 from ..sparse_convolution import convolve_cells
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRows
 
@@ -92,7 +93,7 @@ class FeatureKnowledge(DistillLoss):
         adapter_kernel: int = 1,
         adapter_relu: bool = False,
         equal_boxes: bool = False,
-        weighted: bool = True,
+        use_reliability: bool = True,
     ):
         """
         Args:
@@ -102,14 +103,12 @@ class FeatureKnowledge(DistillLoss):
             adapter_relu: a ReLU after the adapter's convolution.
             equal_boxes: each instance has the same weight in all, shared by its cells; else each of
                 its cells has, and large instances count for more.
-            weighted: a cell's weight is the reliability of its instance; else 1.
+            use_reliability: a cell's weight is the reliability of its instance; else 1.
         """
         weights = {"loss_kd_feature": weight, "loss_kd_background": background_weight}
-        super().__init__({k: w for k, w in weights.items() if w}, weighted=weighted)
-        if adapter_kernel < 1 or adapter_kernel % 2 == 0:
-            raise ValueError(
-                f"MODEL.GLOBALKD.FEATURE.ADAPTER_KERNEL is {adapter_kernel}; it must be odd."
-            )
+        super().__init__(weights, use_reliability=use_reliability)
+        odd = adapter_kernel > 0 and adapter_kernel % 2 == 1
+        require("FEATURE.ADAPTER_KERNEL", adapter_kernel, odd, "odd")
         self.adapter_kernel = adapter_kernel
         self.adapter_relu = adapter_relu
         self.equal_boxes = equal_boxes
@@ -123,7 +122,7 @@ class FeatureKnowledge(DistillLoss):
             "adapter_kernel": node.ADAPTER_KERNEL,
             "adapter_relu": node.ADAPTER_RELU,
             "equal_boxes": node.EQUAL_BOXES,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
@@ -165,9 +164,7 @@ class FeatureKnowledge(DistillLoss):
 
     def _mask(self, context: DistillContext, pair: LevelPair) -> Tensor:
         rows, teacher = context.instances, context.teacher_maps[pair.student]
-        weight = (
-            context.reliability[pair.student] if self.weighted else rows.boxes.new_ones(len(rows))
-        )
+        weight = self.instance_weight(context, pair.student)
         return box_mask(
             rows,
             weight.float().clamp_min(1e-6),  # 0 would turn an instance's cells into background

@@ -62,7 +62,7 @@ class FeatureRichness(DistillLoss):
             "loss_kd_richness_feature": feature_weight,
             "loss_kd_richness_score": score_weight,
         }
-        super().__init__({k: w for k, w in weights.items() if w})
+        super().__init__(weights)
 
     @classmethod
     def from_config(cls, cfg):

@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from ..features import LevelPair
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import build_adapters, weighted_feature_loss
-from .instance_feature import ground_truth_weight
 from .outputs import InstanceRows
 
 PAIRS_PER_CHUNK = 1 << 25
@@ -77,18 +77,17 @@ class FGFI(DistillLoss):
     needs_anchors = True
 
     @configurable
-    def __init__(self, *, weight: float = 2.56, threshold: float = 0.5, weighted: bool = False):
+    def __init__(
+        self, *, weight: float = 2.56, threshold: float = 0.5, use_reliability: bool = False
+    ):
         """
         Args:
             weight: weight of the term.
             threshold: psi in (0, 1), the share of a box's best IoU.
-            weighted: multiply each box's cells by its reliability.
+            use_reliability: multiply each box's cells by its reliability.
         """
-        super().__init__({"loss_kd_fgfi": weight}, weighted=weighted)
-        if not 0 < threshold < 1:
-            raise ValueError(
-                f"MODEL.GLOBALKD.FGFI.THRESHOLD is {threshold}; it must lie between 0 and 1."
-            )
+        super().__init__({"loss_kd_fgfi": weight}, use_reliability=use_reliability)
+        require("FGFI.THRESHOLD", threshold, 0 < threshold < 1, "between 0 and 1")
         self.threshold = threshold
 
     @classmethod
@@ -97,7 +96,7 @@ class FGFI(DistillLoss):
         return {
             "weight": node.WEIGHT,
             "threshold": node.THRESHOLD,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
@@ -113,7 +112,7 @@ class FGFI(DistillLoss):
     def _masks(self, context: DistillContext) -> List[Tensor]:
         names = [pair.student for pair in context.levels]
         sizes = [context.teacher_maps[name].shape[-2:] for name in names]
-        weights = [ground_truth_weight(context, name, self.weighted).float() for name in names]
+        weights = [self.instance_weight(context.on_ground_truth, name).float() for name in names]
         return near_object_masks(
             context.ground_truth,
             weights,

@@ -18,6 +18,7 @@ from torchvision.ops import batched_nms, box_iou
 
 from ..dense_head import DenseOutputs
 from ..features import LevelPair
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import build_adapters
 from .response import sigmoid_kl
@@ -149,11 +150,8 @@ class GID(DistillLoss):
             "loss_kd_gid_class": class_weight,
             "loss_kd_gid_box": box_weight,
         }
-        super().__init__({k: w for k, w in weights.items() if w})
-        if num_instances < 1:
-            raise ValueError(
-                f"MODEL.GLOBALKD.GID.NUM_INSTANCES is {num_instances}; it must be at least 1."
-            )
+        super().__init__(weights)
+        require("GID.NUM_INSTANCES", num_instances, num_instances >= 1, "1 or more")
         self.num_instances = num_instances
         self.nms_threshold = nms_threshold
         self.min_box_size = min_box_size

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 
 
@@ -41,18 +42,26 @@ class GlobalKnowledge(DistillLoss):
 
     @configurable
     def __init__(
-        self, *, weight: float = 5.0, scope: str = "class", penalty: str = "l2", weighted=True
+        self,
+        *,
+        weight: float = 5.0,
+        scope: str = "class",
+        penalty: str = "l2",
+        use_reliability=True,
     ):
         """
         Args:
             weight: weight of the term; the paper's third one.
             scope: "class" (the prototypes of the instance's own class) or "all".
             penalty: "l2" or "smooth_l1".
-            weighted: multiply each instance by its reliability.
+            use_reliability: multiply each instance by its reliability.
         """
-        super().__init__({"loss_kd_global": weight}, weighted=weighted)
-        _check("SCOPE", scope, ("class", "all"))
-        _check("PENALTY", penalty, ("l2", "smooth_l1"))
+        super().__init__({"loss_kd_global": weight}, use_reliability=use_reliability)
+        for key, value, allowed in (
+            ("GLOBAL.SCOPE", scope, ("class", "all")),
+            ("GLOBAL.PENALTY", penalty, ("l2", "smooth_l1")),
+        ):
+            require(key, value, value in allowed, allowed)
         self.scope = scope
         self.penalty = penalty
 
@@ -63,16 +72,14 @@ class GlobalKnowledge(DistillLoss):
             "weight": node.WEIGHT,
             "scope": node.SCOPE,
             "penalty": node.PENALTY,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         terms, discrepancies = [], []
         for pair in context.levels:
             teacher, student, share = self._coefficients(context, pair.student)
-            weight = context.reliability[pair.student]
-            if not self.weighted:
-                weight = torch.ones_like(weight)
+            weight = self.instance_weight(context, pair.student)
             terms.append(share * coefficient_loss(student, teacher, weight, self.penalty))
             discrepancies.append((student.detach() - teacher).norm(dim=1).sum())
         count = max(len(context.instances), 1)
@@ -90,8 +97,3 @@ class GlobalKnowledge(DistillLoss):
         )
         share = 1.0 / context.bank.num_classes if every else 1.0
         return teacher.flatten(1), student.flatten(1), share
-
-
-def _check(key: str, value: str, allowed) -> None:
-    if value not in allowed:
-        raise ValueError(f"MODEL.GLOBALKD.GLOBAL.{key} is {value!r}; it must be one of {allowed}.")

@@ -10,9 +10,10 @@ import torch
 from detectron2.config import configurable
 from torch import Tensor
 
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .outputs import Responses
-from .response import check_temperature, sigmoid_kl, softmax_kl
+from .response import sigmoid_kl, softmax_kl
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -37,21 +38,18 @@ class HintonKD(DistillLoss):
         weight: float = 1.0,
         temperature: float = 2.0,
         rows: str = "positives",
-        weighted: bool = False,
+        use_reliability: bool = False,
     ):
         """
         Args:
             weight: weight of the term.
             temperature: T > 0.
             rows: "positives", or "all": the background's proposals or anchors, too.
-            weighted: multiply each positive by its reliability ("+ prototypes" in Table 4).
+            use_reliability: multiply each positive by its reliability ("+ prototypes" of Table 4).
         """
-        super().__init__({"loss_kd_hinton": weight}, weighted=weighted)
-        check_temperature("HINTON", temperature)
-        if rows not in ("positives", "all"):
-            raise ValueError(
-                f"MODEL.GLOBALKD.HINTON.ROWS is {rows!r}; it must be 'positives' or 'all'."
-            )
+        super().__init__({"loss_kd_hinton": weight}, use_reliability=use_reliability)
+        require("HINTON.TEMPERATURE", temperature, temperature > 0, "above 0")
+        require("HINTON.ROWS", rows, rows in ("positives", "all"), ["positives", "all"])
         self.temperature = temperature
         self.needs_predictions = rows == "all"
         if self.needs_predictions:
@@ -64,14 +62,14 @@ class HintonKD(DistillLoss):
             "weight": node.WEIGHT,
             "temperature": node.TEMPERATURE,
             "rows": node.ROWS,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses = context.predictions if self.needs_predictions else context.responses
         divergence = sigmoid_kl if responses.one_stage else softmax_kl
         kept = responses.labels >= 0
-        weight = kept * responses.reliability if self.weighted else kept
+        weight = kept * responses.reliability if self.use_reliability else kept
         rows = divergence(responses.student, responses.teacher, self.temperature) * weight
         return {"loss_kd_hinton": rows.sum() / self._normalizer(responses, kept)}
 

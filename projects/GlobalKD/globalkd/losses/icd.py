@@ -14,9 +14,9 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..features import LevelPair
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .icd_conditions import Queries, cell_centres, describe, make_queries, sine_embedding
-from .instance_feature import ground_truth_weight
 
 
 def conditional_value_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class ICD(DistillLoss):
         negative_ratio: float = 5.0,
         max_queries: int = 100,
         blur: float = 0.3,
-        weighted: bool = False,
+        use_reliability: bool = False,
     ):
         """
         Args:
@@ -140,10 +140,14 @@ class ICD(DistillLoss):
             negative_ratio: invented objects for each real one.
             max_queries: invented objects fill an image up to this number at most.
             blur: largest shift of a described centre, in units of the box's size.
-            weighted: multiply each object's attention by its reliability.
+            use_reliability: multiply each object's attention by its reliability.
         """
         tasks = dict.fromkeys(("loss_kd_icd_identify", "loss_kd_icd_locate"), auxiliary_weight)
-        super().__init__({"loss_kd_icd": weight, **tasks}, weighted=weighted)
+        super().__init__({"loss_kd_icd": weight, **tasks}, use_reliability=use_reliability)
+        # Without its tasks the attention is noise; without imitation they are for nothing.
+        right = (weight > 0) == (auxiliary_weight > 0)
+        needed = f"above 0 where MODEL.GLOBALKD.ICD.WEIGHT is, and 0 where it is 0; it is {weight}"
+        require("ICD.AUXILIARY_WEIGHT", auxiliary_weight, right, needed)
         if hidden_dim % 4 or hidden_dim % num_heads:
             raise ValueError(
                 f"MODEL.GLOBALKD.ICD.HIDDEN_DIM is {hidden_dim}; it must be a multiple of 4 and of "
@@ -170,7 +174,7 @@ class ICD(DistillLoss):
             "negative_ratio": node.NEGATIVE_RATIO,
             "max_queries": node.MAX_QUERIES,
             "blur": node.BLUR,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
@@ -221,7 +225,7 @@ class ICD(DistillLoss):
         """(N, Q, S): the weight of each real object on the cells of each level; 0 of others."""
         weights = []
         for pair in context.levels:
-            of_object = ground_truth_weight(context, pair.student, self.weighted).float()
+            of_object = self.instance_weight(context.on_ground_truth, pair.student).float()
             of_query = queries.scatter(of_object)
             num_cells = context.teacher_maps[pair.student][0, 0].numel()
             weights.append(of_query[..., None].expand(-1, -1, num_cells))

@@ -14,6 +14,7 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from ..features import LevelPair
+from ..requirement import require
 from ..sparse_roi_align import roi_align
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import build_adapters
@@ -56,13 +57,6 @@ def instance_feature_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().flatten(1).mean(dim=1)
 
 
-def ground_truth_weight(context: DistillContext, level: str, weighted: bool) -> Tensor:
-    """(R,) reliability of each annotated box where `weighted`, else 1."""
-    if weighted:
-        return context.ground_truth_reliability[level]
-    return context.ground_truth.boxes.new_ones(len(context.ground_truth))
-
-
 @DISTILL_LOSS_REGISTRY.register()
 class InstanceFeature(DistillLoss):
     """`loss_kd_instance_feature`: squared error between adapted student and teacher RoI features.
@@ -78,17 +72,18 @@ class InstanceFeature(DistillLoss):
         weight: float = 0.5,
         num_levels: int = 2,
         resolution: int = 3,
-        weighted: bool = False,
+        use_reliability: bool = False,
     ):
         """
         Args:
             weight: weight of the term.
             num_levels: how many levels, from the finest on; all where there are fewer.
             resolution: bins per side of RoIAlign.
-            weighted: multiply each box by its reliability.
+            use_reliability: multiply each box by its reliability.
         """
-        super().__init__({"loss_kd_instance_feature": weight}, weighted=weighted)
-        check_positive("INSTANCE_FEATURE", NUM_LEVELS=num_levels, RESOLUTION=resolution)
+        super().__init__({"loss_kd_instance_feature": weight}, use_reliability=use_reliability)
+        require("INSTANCE_FEATURE.NUM_LEVELS", num_levels, num_levels >= 1, "1 or more")
+        require("INSTANCE_FEATURE.RESOLUTION", resolution, resolution >= 1, "1 or more")
         self.num_levels = num_levels
         self.resolution = resolution
 
@@ -99,7 +94,7 @@ class InstanceFeature(DistillLoss):
             "weight": node.WEIGHT,
             "num_levels": node.NUM_LEVELS,
             "resolution": node.RESOLUTION,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
@@ -108,16 +103,9 @@ class InstanceFeature(DistillLoss):
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         terms = []
         for pair in context.levels[: self.num_levels]:
-            weight = ground_truth_weight(context, pair.student, self.weighted)
+            weight = self.instance_weight(context.on_ground_truth, pair.student)
             with torch.autocast(weight.device.type, enabled=False):
                 student, teacher = ground_truth_grids(context, pair, self.resolution)
                 errors = instance_feature_error(self.adapters[pair.student](student), teacher)
                 terms.append((errors * weight).sum() / max(len(weight), 1))
         return {"loss_kd_instance_feature": torch.stack(terms).mean()}
-
-
-def check_positive(node: str, **values: int) -> None:
-    """Raise a ValueError that names the key, unless all values are at least 1."""
-    for key, value in values.items():
-        if value < 1:
-            raise ValueError(f"MODEL.GLOBALKD.{node}.{key} is {value}; it must be at least 1.")

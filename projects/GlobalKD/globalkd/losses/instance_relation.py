@@ -14,9 +14,10 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..features import LevelPair
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .box_relation import BoxAggregation, BoxRelation, to_padded
-from .instance_feature import check_positive, ground_truth_grids, ground_truth_weight
+from .instance_feature import ground_truth_grids
 
 
 class MatrixMatch(nn.Module):
@@ -96,7 +97,7 @@ class InstanceRelation(DistillLoss):
         resolution: int = 3,
         embedding_channels: int = 256,
         filter_channels: int = 32,
-        weighted: bool = False,
+        use_reliability: bool = False,
     ):
         """
         Args:
@@ -106,20 +107,16 @@ class InstanceRelation(DistillLoss):
             resolution: bins per side of RoIAlign.
             embedding_channels: E.
             filter_channels: hidden channels of the relation filter; 0 for no filter.
-            weighted: multiply each box by its reliability.
+            use_reliability: multiply each box by its reliability.
         """
-        super().__init__({"loss_kd_instance_relation": weight}, weighted=weighted)
-        if match not in MATCHES:
-            raise ValueError(
-                f"MODEL.GLOBALKD.INSTANCE_RELATION.MATCH is {match!r}; it must be one of "
-                f"{list(MATCHES)}."
-            )
-        check_positive(
-            "INSTANCE_RELATION",
-            NUM_LEVELS=num_levels,
-            RESOLUTION=resolution,
-            EMBEDDING_CHANNELS=embedding_channels,
-        )
+        super().__init__({"loss_kd_instance_relation": weight}, use_reliability=use_reliability)
+        require("INSTANCE_RELATION.MATCH", match, match in MATCHES, list(MATCHES))
+        for key, value in (
+            ("NUM_LEVELS", num_levels),
+            ("RESOLUTION", resolution),
+            ("EMBEDDING_CHANNELS", embedding_channels),
+        ):
+            require(f"INSTANCE_RELATION.{key}", value, value >= 1, "1 or more")
         self.match = match
         self.num_levels = num_levels
         self.sizes = {
@@ -138,7 +135,7 @@ class InstanceRelation(DistillLoss):
             "resolution": node.RESOLUTION,
             "embedding_channels": node.EMBEDDING_CHANNELS,
             "filter_channels": node.FILTER_CHANNELS,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
@@ -152,7 +149,7 @@ class InstanceRelation(DistillLoss):
         most = max(len(x["instances"]) for x in context.batched_inputs)
         terms = []
         for pair in context.levels[: self.num_levels]:
-            weight = ground_truth_weight(context, pair.student, self.weighted)
+            weight = self.instance_weight(context.on_ground_truth, pair.student)
             with torch.autocast(weight.device.type, enabled=False):
                 grids = ground_truth_grids(context, pair, self.sizes["resolution"])
                 (student, teacher, weight), mask = to_padded(

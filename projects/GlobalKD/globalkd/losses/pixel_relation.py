@@ -15,6 +15,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..features import LevelPair
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .feature import build_adapters
 
@@ -157,11 +158,12 @@ class PixelRelation(DistillLoss):
         """
         super().__init__({"loss_kd_pixel_relation": weight})
         for key, values in {"NUM_NODES": num_nodes, "STATE_CHANNELS": state_channels}.items():
-            if not values or min(values) < 1:
-                raise ValueError(
-                    f"MODEL.GLOBALKD.PIXEL_RELATION.{key} is {values}; it must list one positive "
-                    "number a level, or fewer: the last one holds for all further levels."
-                )
+            right = len(values) > 0 and min(values) >= 1
+            needed = (
+                "a list of one positive number a level, or of fewer: the last one holds for all "
+                "further levels"
+            )
+            require(f"PIXEL_RELATION.{key}", values, right, needed)
         self.num_nodes = num_nodes
         self.state_channels = state_channels
 

@@ -64,18 +64,18 @@ class RankMimicking(DistillLoss):
     one_stage_only = True
 
     @configurable
-    def __init__(self, *, weight: float = 4.0, weighted: bool = False):
+    def __init__(self, *, weight: float = 4.0, use_reliability: bool = False):
         """
         Args:
             weight: weight of the term.
-            weighted: multiply each row by its reliability.
+            use_reliability: multiply each row by its reliability.
         """
-        super().__init__({"loss_kd_rank": weight}, weighted=weighted)
+        super().__init__({"loss_kd_rank": weight}, use_reliability=use_reliability)
 
     @classmethod
     def from_config(cls, cfg):
         node = cfg.MODEL.GLOBALKD.RANK_MIMICKING
-        return {"weight": node.WEIGHT, "weighted": node.USE_RELIABILITY}
+        return {"weight": node.WEIGHT, "use_reliability": node.USE_RELIABILITY}
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses, objects = context.responses, context.ground_truth
@@ -86,7 +86,7 @@ class RankMimicking(DistillLoss):
         )
         group = context.positives.matched_rows(objects)
         rows = rank_divergence(student, teacher, group, len(objects))
-        if self.weighted:
+        if self.use_reliability:
             rows = rows * responses.reliability
         ranked = rows.new_zeros(len(objects)).index_fill(0, group, 1.0).sum()
         return {"loss_kd_rank": rows.sum() / ranked.clamp_min(1)}

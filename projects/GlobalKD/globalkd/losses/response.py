@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 
 
@@ -25,14 +26,6 @@ def sigmoid_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return (positive + negative).sum(dim=-1) * temperature**2
 
 
-def check_temperature(node: str, temperature: float) -> None:
-    """Raise a ValueError that names the key, unless the temperature is positive."""
-    if temperature <= 0:
-        raise ValueError(
-            f"MODEL.GLOBALKD.{node}.TEMPERATURE is {temperature}; it must be positive."
-        )
-
-
 @DISTILL_LOSS_REGISTRY.register()
 class ResponseKnowledge(DistillLoss):
     """`loss_kd_response`: reliability-weighted KL divergence, mean over the student's positives.
@@ -50,24 +43,21 @@ class ResponseKnowledge(DistillLoss):
         weight: float = 1.0,
         temperature: float = 2.0,
         one_stage: str = "sigmoid",
-        weighted: bool = True,
+        use_reliability: bool = True,
     ):
         """
         Args:
             weight: weight of the term.
             temperature: T > 0.
             one_stage: how RetinaNet's logits are read: "sigmoid" or "softmax".
-            weighted: multiply each row by its instance's reliability.
+            use_reliability: multiply each row by its instance's reliability.
         """
-        super().__init__({"loss_kd_response": weight}, weighted=weighted)
-        check_temperature("RESPONSE", temperature)
-        if one_stage not in ("sigmoid", "softmax"):
-            raise ValueError(
-                f"MODEL.GLOBALKD.RESPONSE.ONE_STAGE is {one_stage!r}; it must be 'sigmoid' or "
-                "'softmax'."
-            )
+        super().__init__({"loss_kd_response": weight}, use_reliability=use_reliability)
+        require("RESPONSE.TEMPERATURE", temperature, temperature > 0, "above 0")
+        divergences = {"sigmoid": sigmoid_kl, "softmax": softmax_kl}
+        require("RESPONSE.ONE_STAGE", one_stage, one_stage in divergences, list(divergences))
         self.temperature = temperature
-        self.one_stage_divergence = sigmoid_kl if one_stage == "sigmoid" else softmax_kl
+        self.one_stage_divergence = divergences[one_stage]
 
     @classmethod
     def from_config(cls, cfg):
@@ -76,13 +66,13 @@ class ResponseKnowledge(DistillLoss):
             "weight": node.WEIGHT,
             "temperature": node.TEMPERATURE,
             "one_stage": node.ONE_STAGE,
-            "weighted": node.USE_RELIABILITY,
+            "use_reliability": node.USE_RELIABILITY,
         }
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses = context.responses
         divergence = self.one_stage_divergence if responses.one_stage else softmax_kl
         rows = divergence(responses.student, responses.teacher, self.temperature)
-        if self.weighted:
+        if self.use_reliability:
             rows = rows * responses.reliability
         return {"loss_kd_response": rows.sum() / max(len(rows), 1)}

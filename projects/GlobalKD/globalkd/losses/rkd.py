@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
+from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .global_knowledge import GlobalKnowledge
 
@@ -107,22 +108,16 @@ class RKD(DistillLoss):
             prototype_weight: weight of the term with relations to prototypes.
             max_instances: at most so many instances of a batch span angles.
         """
-        if relations not in ("instances", "prototypes"):
-            raise ValueError(
-                f"MODEL.GLOBALKD.RKD.RELATIONS is {relations!r}; it must be 'instances' or "
-                "'prototypes'."
-            )
-        if max_instances < 3:
-            raise ValueError(
-                f"MODEL.GLOBALKD.RKD.MAX_INSTANCES is {max_instances}; it must be at least 3, the "
-                "corners of an angle."
-            )
+        allowed = ["instances", "prototypes"]
+        require("RKD.RELATIONS", relations, relations in allowed, allowed)
+        corners = "3 or more, the corners of an angle"
+        require("RKD.MAX_INSTANCES", max_instances, max_instances >= 3, corners)
         weights = {"loss_kd_rkd_distance": distance_weight, "loss_kd_rkd_angle": angle_weight}
         if relations == "prototypes":
             weights = {"loss_kd_rkd_prototypes": prototype_weight}
-        super().__init__({k: w for k, w in weights.items() if w})
+        super().__init__(weights)
         self.needs_prototypes = relations == "prototypes"
-        self.projections = GlobalKnowledge(scope="all", penalty="smooth_l1", weighted=False)
+        self.projections = GlobalKnowledge(scope="all", penalty="smooth_l1", use_reliability=False)
         self.max_instances = max_instances
 
     @classmethod

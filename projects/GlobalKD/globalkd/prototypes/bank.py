@@ -16,6 +16,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..requirement import require
 from ..structures import PrototypeSet
 from . import files
 from .projection import LevelPrototypes
@@ -59,12 +60,11 @@ class PrototypeBank(nn.Module):
             ValueError: a setting that is not among these.
         """
         super().__init__()
-        _check("PROJECTION.TYPE", projection, projection in PROJECTIONS, list(PROJECTIONS))
-        _check("RELIABILITY.TYPE", reliability, reliability in RELIABILITIES, list(RELIABILITIES))
-        _check("PROTOTYPES.NUM", num_prototypes, num_prototypes >= 1, "1 or more")
+        require("PROJECTION.TYPE", projection, projection in PROJECTIONS, list(PROJECTIONS))
+        require("RELIABILITY.TYPE", reliability, reliability in RELIABILITIES, list(RELIABILITIES))
+        require("PROTOTYPES.NUM", num_prototypes, num_prototypes >= 1, "1 or more")
         lam = projection_lambda
-        used = (projection, RELIABILITIES[reliability].projection)
-        _check("PROJECTION.LAMBDA", lam, lam >= 0 and math.isfinite(lam), "finite and 0 or more")
+        require("PROJECTION.LAMBDA", lam, lam >= 0 and math.isfinite(lam), "finite and 0 or more")
         self.num_classes = num_classes
         self.num_prototypes = num_prototypes
         self.projection = projection
@@ -75,7 +75,7 @@ class PrototypeBank(nn.Module):
             self.levels[name] = LevelPrototypes(
                 (num_classes, num_prototypes),
                 (teacher_channels[name], student_channels[name]),
-                lam=lam if "pursuit" in used else None,
+                lam=lam,
                 normalize=normalize,
             )
         self.register_load_state_dict_post_hook(_prepare_after_loading)
@@ -235,8 +235,3 @@ RELIABILITIES = {
     "max_cosine": _Reliability("cosine", _max_cosine),
     "none": _Reliability(None, None),
 }
-
-
-def _check(key: str, value, right: bool, allowed) -> None:
-    if not right:
-        raise ValueError(f"MODEL.GLOBALKD.{key} is {value!r}; it must be {allowed}.")

@@ -157,9 +157,7 @@ def extract_features(
     pooler: InstancePooler,
     mapper: Callable[[dict], dict],
     input_format: str,
-    batch_size: int = 1,
     num_workers: int = 0,
-    progress: bool = True,
     folder: str = "",
 ) -> PairedFeatures:
     """Pool every box of every record on every level in both detectors.
@@ -172,7 +170,6 @@ def extract_features(
         records: from `extraction_records`.
         mapper: an `ExtractionMapper`.
         input_format: channel order of the mapper's images.
-        progress: show a progress bar (main process, and only on a terminal).
         folder: where to keep the features as memory-mapped temporary files; empty: in memory.
 
     Returns:
@@ -180,11 +177,11 @@ def extract_features(
     """
     sampler = InferenceSampler(len(records))
     loader = build_detection_test_loader(
-        records, mapper=mapper, sampler=sampler, batch_size=batch_size, num_workers=num_workers
+        records, mapper=mapper, sampler=sampler, batch_size=1, num_workers=num_workers
     )
     features = _allocate(sum(len(records[i]["boxes"]) for i in sampler), levels, folder)
     start = 0
-    hidden = None if progress and comm.is_main_process() else True  # None: only on a terminal
+    hidden = None if comm.is_main_process() else True  # None: only on a terminal
     with _evaluation_mode(student), isolated_rng():
         for batch in tqdm(loader, desc="instance features", unit="batch", disable=hidden):
             part = _extract_batch(student, teacher, batch, levels, pooler, input_format)

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..requirement import require
 from ..structures import PairedFeatures, PrototypeSet
-from .generators import (
-    PROTOTYPE_GENERATOR_REGISTRY,
-    ClassInstances,
-    GeneratorSettings,
-)
+from .generators import PROTOTYPE_GENERATOR_REGISTRY, ClassInstances
+from .settings import GenerationSettings
 from .sparse_coding import unit_rows
 
 logger = logging.getLogger(__name__)
@@ -36,16 +34,9 @@ NORMALIZED_ROWS = 4096
 @torch.no_grad()
 def generate_prototypes(
     features: PairedFeatures,
+    settings: GenerationSettings,
     *,
     num_classes: int,
-    num_prototypes: int,
-    generator: str = "pursuit",
-    lam: float,
-    normalize: bool,
-    density_percentile: float,
-    space: str,
-    dbscan_eps: float,
-    seed: int,
     progress: bool = False,
     device: Optional[torch.device] = None,
 ) -> PrototypeSet:
@@ -55,16 +46,8 @@ def generate_prototypes(
 
     Args:
         features: all instances, raw.
+        settings: how they are chosen.
         num_classes: K.
-        num_prototypes: P. A class with fewer candidates gets as many prototypes as it has.
-        generator: a name in PROTOTYPE_GENERATOR_REGISTRY.
-        lam: weight of the agreement between the two spaces in Eq. (2), >= 0.
-        normalize: choose among features of unit length. The result is raw in any case.
-        density_percentile: only instances above this percentile of the density in both spaces are
-            candidates, see `dense_instances`; where that leaves none, all are. 0: no such filter.
-        space: the space in which "kmeans" and "dbscan" cluster: "teacher" or "student".
-        dbscan_eps: radius of "dbscan", in units of the median nearest-neighbour distance.
-        seed: of the generators that draw random numbers.
         progress: show a progress bar.
         device: where to compute, one class and level at a time; default: where the features are.
 
@@ -76,23 +59,23 @@ def generate_prototypes(
         ValueError: a setting out of range, a class id outside [0, num_classes), or features that
             are not finite.
     """
-    settings = GeneratorSettings(num_prototypes, lam, space, dbscan_eps, seed)
-    _check(settings, generator, density_percentile)
-    generate = PROTOTYPE_GENERATOR_REGISTRY.get(generator)
+    _check(settings)
+    generate = PROTOTYPE_GENERATOR_REGISTRY.get(settings.generator)
+    percentile = settings.density_percentile
     device = torch.device(device or features.classes.device)
     groups = rows_by_class(features.classes, num_classes)
     jobs = [(level, k) for level in features.levels for k, rows in enumerate(groups) if len(rows)]
-    shape = (num_classes, num_prototypes)
+    shape = (num_classes, settings.num_prototypes)
     chosen = {n: features.classes.new_full(shape, -1) for n in features.levels}
     gain = {n: torch.zeros(shape, device=features.classes.device) for n in features.levels}
     without_dense = 0
     with torch.autocast(device.type, enabled=False):
         for level, k in tqdm(jobs, desc="Prototypes", disable=not progress):
             instances = _class_instances(
-                features, level, groups[k], normalize=normalize, device=device
+                features, level, groups[k], normalize=settings.normalize, device=device
             )
-            if density_percentile > 0 and instances.candidates.any():
-                dense = dense_instances(instances, density_percentile)
+            if percentile > 0 and instances.candidates.any():
+                dense = dense_instances(instances, percentile)
                 instances.candidates = dense if dense.any() else instances.candidates
                 without_dense += int(not dense.any())
             rows, gains = generate(instances, settings)
@@ -101,7 +84,7 @@ def generate_prototypes(
                 gain[level][k, : len(rows)] = gains.to(gain[level])
     if without_dense:
         logger.warning(
-            f"MODEL.GLOBALKD.PROTOTYPES.DENSITY_PERCENTILE = {density_percentile:g} left no "
+            f"MODEL.GLOBALKD.PROTOTYPES.DENSITY_PERCENTILE = {percentile:g} left no "
             f"candidate in {without_dense} of {len(jobs)} pairs of class and level; there every "
             "instance was one."
         )
@@ -194,17 +177,16 @@ def _prototype_set(
     )
 
 
-def _check(settings: GeneratorSettings, generator: str, density_percentile: float) -> None:
+def _check(settings: GenerationSettings) -> None:
     names = [name for name, _ in PROTOTYPE_GENERATOR_REGISTRY]
-    lam, eps = settings.lam, settings.dbscan_eps
+    percentile, lam, eps = settings.density_percentile, settings.lam, settings.dbscan_eps
     for key, value, right, needed in (
-        ("GENERATOR", generator, generator in names, f"one of {names}"),
+        ("GENERATOR", settings.generator, settings.generator in names, names),
         ("NUM", settings.num_prototypes, settings.num_prototypes >= 1, "1 or more"),
         ("LAMBDA", lam, lam >= 0 and math.isfinite(lam), "finite and 0 or more"),
-        ("DENSITY_PERCENTILE", density_percentile, 0 <= density_percentile < 100, "in [0, 100)"),
-        ("SPACE", settings.space, settings.space in ("teacher", "student"), "teacher or student"),
+        ("DENSITY_PERCENTILE", percentile, 0 <= percentile < 100, "in [0, 100)"),
+        ("SPACE", settings.space, settings.space in ("teacher", "student"), ("teacher", "student")),
         ("DBSCAN_EPS", eps, eps > 0 and math.isfinite(eps), "finite and above 0"),
         ("SEED", settings.seed, 0 <= settings.seed < 2**32, "in [0, 2^32)"),
     ):
-        if not right:
-            raise ValueError(f"MODEL.GLOBALKD.PROTOTYPES.{key} is {value!r}; it must be {needed}.")
+        require(f"PROTOTYPES.{key}", value, right, needed)

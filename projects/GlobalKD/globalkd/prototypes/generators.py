@@ -15,12 +15,13 @@ import torch
 from fvcore.common.registry import Registry
 from torch import Tensor
 
+from .settings import GenerationSettings
 from .sparse_coding import select_atoms
 
 PROTOTYPE_GENERATOR_REGISTRY = Registry("PROTOTYPE_GENERATOR")
 PROTOTYPE_GENERATOR_REGISTRY.__doc__ = """
 Prototype generators by name, as MODEL.GLOBALKD.PROTOTYPES.GENERATOR names them: functions
-`(instances: ClassInstances, settings: GeneratorSettings) -> (rows, gains)`. `rows` are at most P
+`(instances: ClassInstances, settings: GenerationSettings) -> (rows, gains)`. `rows` are at most P
 distinct rows among `instances.candidates`; `gains`, or None, is the share of the class's energy
 |F_t|^2 + |F_s|^2 by which each row lowered Eq. (2).
 """
@@ -48,19 +49,8 @@ class ClassInstances:
     candidates: Tensor
 
 
-@dataclass
-class GeneratorSettings:
-    """What a generator may read; see `generate_prototypes`."""
-
-    num_prototypes: int
-    lam: float
-    space: str
-    dbscan_eps: float
-    seed: int
-
-
 @PROTOTYPE_GENERATOR_REGISTRY.register()
-def pursuit(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
+def pursuit(instances: ClassInstances, settings: GenerationSettings) -> Choice:
     """The paper's PGM: greedy descent on Eq. (2)."""
     rows, gains = select_atoms(
         instances.teacher,
@@ -75,7 +65,7 @@ def pursuit(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
 
 
 @PROTOTYPE_GENERATOR_REGISTRY.register()
-def kmeans(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
+def kmeans(instances: ClassInstances, settings: GenerationSettings) -> Choice:
     """The candidates nearest to the P centres of k-means in one space (Table 6)."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -92,7 +82,7 @@ def kmeans(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
 
 
 @PROTOTYPE_GENERATOR_REGISTRY.register()
-def dbscan(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
+def dbscan(instances: ClassInstances, settings: GenerationSettings) -> Choice:
     """The candidates nearest to the means of DBSCAN's largest clusters in one space (Table 6).
 
     DBSCAN finds as many clusters as there are. Where they are fewer than P, the other prototypes
@@ -120,7 +110,7 @@ def dbscan(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
 
 
 @PROTOTYPE_GENERATOR_REGISTRY.register()
-def ambiguous(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
+def ambiguous(instances: ClassInstances, settings: GenerationSettings) -> Choice:
     """The candidates with the smallest boxes (Table 6).
 
     Note:
@@ -132,7 +122,7 @@ def ambiguous(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
 
 
 @PROTOTYPE_GENERATOR_REGISTRY.register()
-def random(instances: ClassInstances, settings: GeneratorSettings) -> Choice:
+def random(instances: ClassInstances, settings: GenerationSettings) -> Choice:
     """Candidates drawn with equal probability; the same ones on every level (Fig. 1)."""
     return _shuffled_pool(instances, settings.seed)[: settings.num_prototypes], None
 

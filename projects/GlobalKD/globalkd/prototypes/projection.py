@@ -29,14 +29,14 @@ class LevelPrototypes(nn.Module):
         shape: Tuple[int, int],
         widths: Tuple[int, int],
         *,
-        lam: Optional[float],
+        lam: float,
         normalize: bool,
     ):
         """
         Args:
             shape: (K, P).
             widths: (D_t, D_s).
-            lam: lambda of Eq. (5) in `by_pursuit`; None where that is not used.
+            lam: lambda of Eq. (5) in `by_pursuit`.
             normalize: `by_pursuit` works on features and prototypes of unit length.
         """
         super().__init__()
@@ -57,13 +57,12 @@ class LevelPrototypes(nn.Module):
         ]
         unit = [unit_rows(x) for x in raw]
         self.unit_teacher, self.unit_student = (x.float() for x in unit)
-        if self.lam is not None:
-            atoms = unit if self.normalize else raw
-            operator = projection_operator(*atoms, self.valid, self.lam)
-            self.operator = operator.transpose(0, 1).float()  # (2, K, P, D_t + D_s)
+        atoms = unit if self.normalize else raw
+        operator = projection_operator(*atoms, self.valid, self.lam)
+        self.operator = operator.transpose(0, 1).float()  # (2, K, P, D_t + D_s)
 
     def by_cosine(
-        self, teacher: Tensor, student: Tensor, classes: Optional[Tensor] = None
+        self, teacher: Tensor, student: Tensor, classes: Optional[Tensor]
     ) -> Tuple[Tensor, Tensor]:
         """Cosine with each prototype, each space on its own.
 
@@ -81,7 +80,7 @@ class LevelPrototypes(nn.Module):
         )
 
     def by_pursuit(
-        self, teacher: Tensor, student: Tensor, classes: Optional[Tensor] = None
+        self, teacher: Tensor, student: Tensor, classes: Optional[Tensor]
     ) -> Tuple[Tensor, Tensor]:
         """Eq. (5), prototype after prototype on the residual, the spaces coupled.
 

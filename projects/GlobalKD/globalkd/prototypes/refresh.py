@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..features import InstancePooler, LevelPair
 from ..random_state import isolated_rng
+from ..requirement import require
 from ..structures import PairedFeatures, PrototypeSet
 from ..teacher import Teacher
 from .bank import PrototypeBank
@@ -71,20 +72,12 @@ class PrototypeRefresher:
             file: prototypes to start from instead of generating them.
             settings: what `file` must have been made with; see `fingerprint`.
         """
-        if refresh_epochs < 0:
-            raise ValueError(
-                f"MODEL.GLOBALKD.PROTOTYPES.REFRESH_EPOCHS is {refresh_epochs}; it must be 0 or "
-                "more."
-            )
-        if mode not in ("pass", "harvest"):
-            raise ValueError(
-                f"MODEL.GLOBALKD.PROTOTYPES.REFRESH is {mode!r}; it must be pass or harvest."
-            )
-        if reservoir_size < 1:
-            raise ValueError(
-                f"MODEL.GLOBALKD.PROTOTYPES.RESERVOIR_SIZE is {reservoir_size}; it must be 1 or "
-                "more."
-            )
+        for key, value, right, needed in (
+            ("REFRESH_EPOCHS", refresh_epochs, refresh_epochs >= 0, "0 or more"),
+            ("REFRESH", mode, mode in ("pass", "harvest"), ("pass", "harvest")),
+            ("RESERVOIR_SIZE", reservoir_size, reservoir_size >= 1, "1 or more"),
+        ):
+            require(f"PROTOTYPES.{key}", value, right, needed)
         self.source = source
         self.generation = generation
         self.images_per_batch = images_per_batch
@@ -241,10 +234,10 @@ class PrototypeRefresher:
         prototypes = run_everywhere(
             lambda: generate_prototypes(
                 shard.features,
+                self.generation,
                 num_classes=bank.num_classes,
                 device=device,
                 progress=comm.is_main_process() and sys.stderr.isatty(),
-                **vars(self.generation),
             ),
             "Prototype generation",
         )

@@ -9,7 +9,19 @@ from detectron2.data import transforms as T
 
 @dataclass
 class GenerationSettings:
-    """Arguments of `generate_prototypes`; the keys of MODEL.GLOBALKD.PROTOTYPES."""
+    """How prototypes are chosen; the keys of MODEL.GLOBALKD.PROTOTYPES.
+
+    Attributes:
+        generator: a name in PROTOTYPE_GENERATOR_REGISTRY.
+        num_prototypes: P. A class with fewer candidates gets as many prototypes as it has.
+        lam: weight of the agreement between the two spaces in Eq. (2), >= 0.
+        normalize: choose among features of unit length. The result is raw in any case.
+        density_percentile: only instances above this percentile of the density in both spaces are
+            candidates, see `dense_instances`; where that leaves none, all are. 0: no such filter.
+        space: the space in which "kmeans" and "dbscan" cluster: "teacher" or "student".
+        dbscan_eps: radius of "dbscan", in units of the median nearest-neighbour distance.
+        seed: of the generators that draw random numbers.
+    """
 
     generator: str = "pursuit"
     num_prototypes: int = 10

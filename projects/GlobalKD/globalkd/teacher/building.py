@@ -48,7 +48,7 @@ def build_teacher(
         allow_pickle: accept weights whose reading may run code that is in the file.
         device: where to build it; empty for what the config says.
         like: a config with further keys that the teacher's may have; see `load_config`.
-        modes: `precision`, `compile` and `input_scale` of `Teacher`.
+        modes: `precision`, `compile`, `input_scale` and `side_stream` of `Teacher`.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
@@ -70,6 +70,24 @@ def build_teacher(
     if model.device.type == "cpu":
         model.to(memory_format=torch.channels_last)
     return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
+
+
+def teacher_from_config(cfg: CfgNode) -> Teacher:
+    """Build the teacher that MODEL.GLOBALKD.TEACHER of a student's config describes."""
+    node = cfg.MODEL.GLOBALKD.TEACHER
+    return build_teacher(
+        node.CONFIG_FILE,
+        node.WEIGHTS,
+        node.OPTS,
+        allow_random_weights=node.ALLOW_RANDOM_WEIGHTS,
+        allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE,
+        device=cfg.MODEL.DEVICE,
+        like=cfg,
+        precision=node.PRECISION,
+        compile=node.COMPILE,
+        input_scale=node.INPUT_SCALE,
+        side_stream=node.SIDE_STREAM,
+    )
 
 
 def teacher_config(

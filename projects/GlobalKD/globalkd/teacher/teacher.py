@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ..dense_head import DenseOutputs, find_dense_head
+from ..requirement import require
 from ..sparse_convolution import anchor_logits, has_local_classes
 from .cutting import cut_backbone
 from .side_stream import SideStream
@@ -62,8 +63,8 @@ class Teacher:
         Raises:
             ValueError: a setting that is not among these.
         """
-        _check("PRECISION", precision, precision in PRECISIONS, f"one of {list(PRECISIONS)}")
-        _check("INPUT_SCALE", input_scale, 0 < input_scale < float("inf"), "positive")
+        require("TEACHER.PRECISION", precision, precision in PRECISIONS, list(PRECISIONS))
+        require("TEACHER.INPUT_SCALE", input_scale, 0 < input_scale < float("inf"), "positive")
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
         self.class_names = list(class_names)
@@ -218,11 +219,6 @@ def _resize(maps: Tensor, scale: float, antialias: bool = False) -> Tensor:
         antialias=antialias and scale < 1,
         recompute_scale_factor=False,
     )
-
-
-def _check(key: str, value, right: bool, allowed: str) -> None:
-    if not right:
-        raise ValueError(f"MODEL.GLOBALKD.TEACHER.{key} is {value!r}; it must be {allowed}.")
 
 
 def _box_logits(heads: nn.Module, features: Dict[str, Tensor], proposals: List[Instances]):
