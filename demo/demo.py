@@ -14,10 +14,11 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
@@ -25,8 +26,8 @@ from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
-from globalkd import register_datasets
 from globalkd.config_reading import fall_back_to_cpu, load_config
+from globalkd.data.class_names import class_names
 from globalkd.data.unreadable import UNREADABLE
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
@@ -54,17 +55,12 @@ def setup(args):
     return cfg
 
 
-def class_names(cfg):
-    """Names of the classes by the datasets of the config; empty where those are not here."""
-    try:
-        register_datasets(cfg)
-    except FileNotFoundError as error:
-        logger.warning(f"{error}. Classes are shown as numbers where no dataset names them.")
-    listed = {entry[0]: entry[3] for entry in cfg.DATASETS.VOC}
+def known_names(cfg):
+    """Names of the classes by the datasets of the config; empty where none of them is here."""
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        names = MetadataCatalog.get(dataset).get("thing_classes") or listed.get(dataset)
-        if names:
-            return list(names)
+        if names := class_names(cfg, dataset):
+            return names
+    logger.warning("No dataset of the config is here to name the classes: shown are numbers.")
     return []
 
 
@@ -80,9 +76,9 @@ def list_images(inputs):
         if not found:
             raise FileNotFoundError(f"--input {name}: no image there.")
         files += found
-    twice = {p.name for p in files if [q.name for q in files].count(p.name) > 1}
-    if twice:
-        raise ValueError(f"--input holds files of one name, such as {min(twice)}: run them apart.")
+    name, times = Counter(path.name for path in files).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"--input holds files of one name, such as {name}: run them apart.")
     return files
 
 
@@ -132,7 +128,7 @@ class Demo:
         SafeCheckpointer(self.predictor.model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(
             cfg.MODEL.WEIGHTS
         )
-        self.names = class_names(cfg)
+        self.names = known_names(cfg)
 
     def __call__(self, image):
         """(H, W, 3) BGR image -> the picture, likewise, and the detections for JSON."""
@@ -221,9 +217,18 @@ def get_parser():
 
 
 def main():
-    args = get_parser().parse_args()
+    parser = get_parser()
+    args = parser.parse_args()
     setup_logger(name="fvcore")
     setup_logger(name="globalkd")
+    try:
+        return run(args)
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def run(args):
+    """Detect, draw and write; returns the exit status."""
     import_modules(args.imports)
     cfg, folder = setup(args), Path(args.output)
     if args.video_input:

@@ -33,7 +33,7 @@ def config_file(tiny_cfg, monkeypatch):
 
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, args)])
-    return demo.main()
+    return demo.run(demo.get_parser().parse_args())
 
 
 def test_a_folder_gives_a_picture_and_detections_an_image(
@@ -167,7 +167,7 @@ def test_a_class_without_a_name_is_a_number(config_file, monkeypatch):
     assert [row["category"] for row in demo.as_json(found, [])] == ["1", "7"]
     assert demo.as_json(found[:0], ["RBC"]) == []
     # Drawn as well: Detectron2's visualizer looks every label up.
-    monkeypatch.setattr(demo, "class_names", lambda cfg: ["RBC", "WBC"])
+    monkeypatch.setattr(demo, "known_names", lambda cfg: ["RBC", "WBC"])
     args = demo.get_parser().parse_args(
         ["--config-file", str(config_file), "--input", "x", "--output", "x"]
     )
@@ -182,6 +182,6 @@ def test_class_names_come_from_the_config_where_the_data_are_not_here(tiny_cfg, 
     name = f"blood_{tmp_path.name}"
     cfg.DATASETS.VOC = [[name, str(tmp_path / "gone"), "train", ["RBC", "WBC"]]]
     cfg.DATASETS.TEST = (name,)
-    assert demo.class_names(cfg) == ["RBC", "WBC"]
+    assert demo.known_names(cfg) == ["RBC", "WBC"]
     cfg.DATASETS.VOC, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = [], (), ()
-    assert demo.class_names(cfg) == []
+    assert demo.known_names(cfg) == []

@@ -4,19 +4,23 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, make_batch
 from detectron2.config import get_cfg
 from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from processes import run_in_processes
 
 from globalkd import add_globalkd_config
 from globalkd.data import register_datasets
+from globalkd.engine.launching import bound_gathering
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.prototypes import refresh as prototype_refresh
 from globalkd.prototypes.class_sharding import ClassShard
@@ -239,3 +243,18 @@ def test_two_launchers_on_loopback_train_as_two_machines(tiny_cfg, tmp_path):
     weights = torch.load(tmp_path / "machine0" / "model_final.pth", weights_only=False)
     assert weights["iteration"] == 1
     assert not (tmp_path / "machine1" / "model_final.pth").exists()
+
+
+def test_the_timeout_holds_for_what_is_gathered_beside_nccl(tmp_path, monkeypatch):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(comm, "_get_global_gloo_group", comm._get_global_gloo_group)
+    try:
+        before = comm._get_global_gloo_group
+        bound_gathering(timedelta(minutes=7))
+        assert comm._get_global_gloo_group is before  # gloo everywhere: the launcher has said it
+        monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+        bound_gathering(timedelta(minutes=7))
+        backend = comm._get_global_gloo_group()._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == timedelta(minutes=7)
+    finally:
+        dist.destroy_process_group()

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_step import attach, toy_bank, toy_step
 
 from globalkd.data import register_datasets
@@ -47,6 +48,17 @@ EVERYWHERE = {**OURS, **{name: make for name, (make, two_stage) in LOSSES.items(
 ONE_STAGE = {name: make for name, (make, two_stage) in LOSSES.items() if not two_stage}
 CASES = [(n, m, True) for n, m in {**EVERYWHERE, **ONE_STAGE}.items()]
 CASES += [(n, m, False) for n, m in EVERYWHERE.items()]
+
+
+class NoWaitingCopy(TorchDispatchMode):
+    """Fails where a copy to another device makes the host wait, which fake tensors do not tell."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function is torch.ops.aten._to_copy.default and args[0].device != result.device:
+            assert kwargs.get("non_blocking"), "a copy between devices makes the host wait"
+        return result
 
 
 def moved(value, device, seen=None):
@@ -99,7 +111,9 @@ def test_a_loss_stays_on_the_gpu_and_does_not_wait_for_it(name, make, one_stage)
     context = toy_step(one_stage=one_stage, bank=toy_bank())
     loss = attach(make(), context)
     with FakeTensorMode():
-        terms = moved(loss, "cuda")(moved(context, "cuda"))
+        loss, context = moved(loss, "cuda"), moved(context, "cuda")
+        with NoWaitingCopy():
+            terms = loss(context)
     for term in terms.values():
         assert term.device.type == "cuda" and term.shape == () and term.requires_grad
 
@@ -112,6 +126,10 @@ def test_the_simulation_notices_a_mixture_of_devices_and_a_wait():
         for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero()):
             with pytest.raises(WAITS):
                 wait()
+        with NoWaitingCopy():
+            torch.ones(3).to("cuda", non_blocking=True)
+            with pytest.raises(AssertionError, match="makes the host wait"):
+                x.new_tensor([1.0])
 
 
 @pytest.mark.parametrize("kind", ["rcnn", "retinanet"])
@@ -138,8 +156,9 @@ def test_a_whole_distillation_step_stays_on_the_gpu(tiny_cfg, kind):
         images.tensor = moved(images.tensor, "cuda")
         distiller.teacher.model.preprocess_image = lambda _: images
         batch, outputs, losses, _ = taken["args"]
-        terms = moved(distiller, "cuda", seen)(
-            moved(batch, "cpu"), moved(outputs, "cuda", seen), moved(losses, "cuda", seen)
-        )
+        distiller = moved(distiller, "cuda", seen)
+        step = moved(batch, "cpu"), moved(outputs, "cuda", seen), moved(losses, "cuda", seen)
+        with NoWaitingCopy():
+            terms = distiller(*step)
     assert len(terms) == len(globalkd) + len(responses) + len(drkd)
     assert all(x.device.type == "cuda" and x.requires_grad for x in terms.values())

@@ -1,6 +1,8 @@
 """The distilling meta-architectures against the stock ones: same detector, terms on top."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -179,6 +181,45 @@ def test_every_trained_parameter_receives_gradient_and_no_hook_stays(kind, tiny_
     assert all(p.grad is not None for p in model.distiller.parameters())
     assert any(p.grad is not None for p in model.backbone.parameters())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@both
+@pytest.mark.parametrize("instances", ["positives", "ground_truth"])
+def test_no_map_of_a_step_outlives_it(kind, instances, tiny_cfg, batch):
+    """Without Python's collector of cycles: it does not know that a GPU's memory is running out."""
+    cfg = tiny_cfg(kind, "MODEL.GLOBALKD.INSTANCES", instances)
+    cfg.MODEL.GLOBALKD.LOSSES += ["PixelRelation", "InstanceRelation", "InstanceFeature", "FGFI"]
+    cfg.MODEL.GLOBALKD.PROTOTYPES.REFRESH = "harvest"
+    model = build(cfg)
+    maps = []
+    for module in (model.backbone, model.distiller.teacher.model.backbone.bottom_up):
+        module.register_forward_hook(lambda *args: maps.extend(map(weakref.ref, args[2].values())))
+    step(model, batch)  # prototypes are made here
+    maps.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        step(model, batch, iteration=1)
+        assert maps and not any(m() is not None for m in maps)
+    finally:
+        gc.enable()
+
+
+@both
+def test_images_are_sent_to_the_device_once(kind, tiny_cfg, batch, monkeypatch):
+    """Both detectors get the same tensors, so that what the first has sent the second finds."""
+    model = build(tiny_cfg(kind))
+    seen = []
+    for detector in (model, model.distiller.teacher.model):
+        original = detector.preprocess_image
+        monkeypatch.setattr(
+            detector,
+            "preprocess_image",
+            lambda x, f=original: seen.append([y["image"] for y in x]) or f(x),
+        )
+    step(model, batch)
+    teacher, student = seen[-2:]
+    assert all(a is b and a.device == model.device for a, b in zip(teacher, student))
 
 
 @both

@@ -209,4 +209,4 @@ def test_overrides_reach_the_plain_run_too(untrained_run, plain_run, scenes):
 def test_a_run_without_a_teacher_is_refused(plain_run, capsys):
     with pytest.raises(SystemExit):
         analyze.main(["noise", str(plain_run)])
-    assert "was not distilled" in capsys.readouterr().err
+    assert "does not distil: MODEL.META_ARCHITECTURE is" in capsys.readouterr().err

@@ -228,8 +228,10 @@ def test_dense_logits_are_ordered_like_the_anchors():
     features = teacher.features(make_batch([1, 1]), "BGR")
     model = teacher.model
     anchors = model.anchor_generator([features[f] for f in model.head_in_features])
-    logits = teacher.dense_outputs(features).flat_logits
+    logits = teacher.dense_outputs(features, anchors).flat_logits
     assert logits.shape == (2, sum(len(a) for a in anchors), 10)
+    with pytest.raises(AssertionError, match="padded to different sizes"):
+        teacher.dense_outputs(features, [Boxes(a.tensor[:-3]) for a in anchors])
 
 
 def test_the_teacher_is_frozen_whatever_it_was():

@@ -20,6 +20,7 @@ COMMANDS = (
     "tools/analyze.py",
     "demo/demo.py",
 )
+TOOLS = ("tools/loss_scales.py", "tools/generate_prototypes.py")
 #: What a command demands beside --import. None of it is there: it is not read before the import.
 ARGUMENTS = {
     "tools/generate_prototypes.py": ["--output", "x", "--config-file", "x.yaml"],
@@ -61,17 +62,52 @@ def test_a_module_that_is_not_there_is_named(in_folder):
         import_modules(["own_parts.broken"])
 
 
+@pytest.fixture
+def run_command(monkeypatch):
+    """Runs a command as its file, with arguments, in this process."""
+
+    def run(command, *arguments):
+        spec = importlib.util.spec_from_file_location("command_under_test", ROOT / command)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+        return module.main()
+
+    return run
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_imports_before_it_reads_anything(command, in_folder, monkeypatch):
+def test_a_command_imports_before_it_reads_anything(command, in_folder, run_command):
     (in_folder / "ends_here.py").write_text("raise SystemExit('imported')\n")
-    spec = importlib.util.spec_from_file_location("command_under_test", ROOT / command)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     part = ["reliability"] if "analyze" in command else []
     arguments = ARGUMENTS.get(command, ["--config-file", "x.yaml"])
-    monkeypatch.setattr(sys, "argv", [command, *part, "--import", "ends_here", *arguments])
     with pytest.raises(SystemExit, match="imported"):
-        module.main()
+        run_command(command, *part, "--import", "ends_here", *arguments)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("command", TOOLS)
+def test_a_config_that_does_not_distil_is_refused_in_a_sentence(
+    command, run_command, tiny_cfg, tmp_path, capsys
+):
+    cfg = tiny_cfg("rcnn", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+    (tmp_path / "plain.yaml").write_text(cfg.dump())
+    output = ["--output", tmp_path / "p.safetensors"] if "prototypes" in command else []
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, "--config-file", tmp_path / "plain.yaml", *output)
+    assert ended.value.code == 2
+    assert "META_ARCHITECTURE is GeneralizedRCNN" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("command", [*TOOLS, "tools/export_student.py", "demo/demo.py"])
+def test_a_missing_file_is_named_in_a_sentence(command, in_folder, run_command, capsys):
+    arguments = ARGUMENTS.get(command, ["--config-file", "x.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, *arguments)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "There is no " in message or "x/config.yaml" in message
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from globalkd import register_datasets
+from globalkd.analysis.runs import require_distilled
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
@@ -27,18 +28,29 @@ def main():
     add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     args = parser.parse_args()
+    for name in ("fvcore", "detectron2", "globalkd"):
+        setup_logger(name=name)
+    try:
+        run(args)
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def run(args):
+    """Make the prototypes and write the file."""
     import_modules(args.imports)
-    setup_logger(name="fvcore")
-    setup_logger(name="detectron2")
-    setup_logger(name="globalkd")
     cfg = load_config(args.config_file, args.opts)
+    require_distilled(cfg)
     fall_back_to_cpu(cfg)
     register_datasets(cfg)
     model = build_model(cfg).eval()
     SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(cfg.MODEL.WEIGHTS)
     distiller = model.distiller
     if distiller.bank is None:
-        raise SystemExit(f"No loss of {list(cfg.MODEL.GLOBALKD.LOSSES)} reads prototypes.")
+        raise ValueError(
+            f"{args.config_file}: no loss of MODEL.GLOBALKD.LOSSES = "
+            f"{list(cfg.MODEL.GLOBALKD.LOSSES)} reads prototypes."
+        )
     distiller.start(model)
     prototypes = distiller.refresh(model)
     distiller.bank.save(args.output, distiller.refresher.fingerprint, prototypes.counts)

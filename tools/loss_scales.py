@@ -20,6 +20,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from globalkd import DISTILL_LOSS_REGISTRY, register_datasets
+from globalkd.analysis.runs import require_distilled
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.engine.user_modules import add_import_argument, import_modules
@@ -99,16 +100,25 @@ def main():
     add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as of train_net")
     args = parser.parse_args()
-    import_modules(args.imports)
     setup_logger(name="globalkd")
+    try:
+        print(run(args))
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def run(args):
+    """The table for the arguments of the command line."""
+    import_modules(args.imports)
     cfg = load(args.config_file, args.opts, every_loss=args.all)
+    require_distilled(cfg)
     register_datasets(cfg)
     seed_all_rng(max(cfg.SEED, 0))
     model = DistillTrainer.build_model(cfg).train()
     SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(cfg.MODEL.WEIGHTS)
     model.distiller.start(model)
     batches = iter(DistillTrainer.build_train_loader(cfg))
-    print(table([measure(model, next(batches)) for _ in range(args.batches)]))
+    return table([measure(model, next(batches)) for _ in range(args.batches)])
 
 
 if __name__ == "__main__":

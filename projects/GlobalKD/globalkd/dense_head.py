@@ -71,6 +71,10 @@ class DenseOutputs:
         shaped_anchors, shaped_logits, shaped_deltas = {}, {}, {}
         for name, boxes, scores, offsets in zip(head.in_features, anchors, logits, deltas):
             height, width = scores.shape[-2:]
+            assert len(boxes) % (height * width) == 0, (
+                f"{name}: {len(boxes)} anchors for maps of {height} x {width} cells; are the two "
+                "detectors' inputs padded to different sizes?"
+            )
             shaped_anchors[name] = boxes.tensor.view(height, width, -1, 4)
             num_anchors = shaped_anchors[name].shape[2]
             shaped_logits[name] = _by_cell(scores, num_anchors)

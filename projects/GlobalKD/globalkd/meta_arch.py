@@ -71,7 +71,7 @@ class DistillMixin:
     """
 
     @configurable
-    def __init__(self, *, distiller: Distiller = None, **kwargs):
+    def __init__(self, *, distiller: Optional[Distiller] = None, **kwargs):
         """
         Args:
             distiller: None for the stock detector.
@@ -100,6 +100,8 @@ class DistillMixin:
         self.distiller.prepare(self, iteration)
         if self.distiller.factor(iteration) == 0:
             return {**super().forward(batched_inputs), **self.distiller.zero_terms()}
+        # Once for both detectors: what is there already, they do not send to the device again.
+        batched_inputs = [{**x, "image": x["image"].to(self.device)} for x in batched_inputs]
         teacher_pass = self.distiller.begin(batched_inputs)
         with self._recording() as recorded:
             losses = super().forward(batched_inputs)

@@ -102,7 +102,7 @@ def put_reliability(storage: EventStorage, context, input_format: str) -> None:
         return
     first = int(truth.image_index[0])
     rows = truth.image_index == first
-    weights = torch.stack(list(context.ground_truth_reliability.values())).mean(dim=0)[rows]
+    weights = torch.stack(list(context.on_ground_truth.reliability.values())).mean(dim=0)[rows]
     weights = weights.cpu().numpy()
     pixels = context.batched_inputs[first]["image"].permute(1, 2, 0)
     panel = draw_boxes(

@@ -9,7 +9,7 @@ gallery.csv and a picture for each level.
 
 import argparse
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import cv2
 import numpy as np
@@ -48,8 +48,8 @@ def prototype_gallery(
     class_names: Sequence[str],
     output: Path,
     *,
-    levels: Sequence[str] = None,
-    classes: Sequence[str] = None,
+    levels: Optional[Sequence[str]] = None,
+    classes: Optional[Sequence[str]] = None,
 ) -> List[dict]:
     """Make the prototypes of a run anew and show them.
 

@@ -115,8 +115,23 @@ def load_run(
 
 def is_distilled(cfg: CfgNode) -> bool:
     """Whether a configuration trains a student with a teacher."""
-    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    return cfg.MODEL.GLOBALKD.ENABLED and issubclass(architecture, DistillMixin)
+    name = cfg.MODEL.META_ARCHITECTURE
+    architecture = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    distils = isinstance(architecture, type) and issubclass(architecture, DistillMixin)
+    return cfg.MODEL.GLOBALKD.ENABLED and distils
+
+
+def require_distilled(cfg: CfgNode, name: str = "The configuration") -> None:
+    """Raise a ValueError that says why, unless a configuration trains with a teacher.
+
+    Args:
+        name: whose configuration it is, for the message.
+    """
+    if not is_distilled(cfg):
+        raise ValueError(
+            f"{name} does not distil: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE} and "
+            f"MODEL.GLOBALKD.ENABLED is {cfg.MODEL.GLOBALKD.ENABLED}."
+        )
 
 
 def load_teacher(folder, opts: Sequence[str] = ()) -> Teacher:
@@ -126,10 +141,5 @@ def load_teacher(folder, opts: Sequence[str] = ()) -> Teacher:
         ValueError: the run is not a distilled one.
     """
     cfg = read_config(folder, opts)
-    if not is_distilled(cfg):
-        raise ValueError(
-            f"{folder} was not distilled: its MODEL.META_ARCHITECTURE is "
-            f"{cfg.MODEL.META_ARCHITECTURE} and MODEL.GLOBALKD.ENABLED is "
-            f"{cfg.MODEL.GLOBALKD.ENABLED}."
-        )
+    require_distilled(cfg, str(folder))
     return teacher_from_config(cfg)

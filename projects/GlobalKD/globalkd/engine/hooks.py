@@ -13,6 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ..data.unreadable import readable_images
+from ..distiller import LOG_PERIOD
 from ..random_state import STEPS, seed_all
 from .launching import STOP_SIGNALS
 
@@ -95,7 +96,7 @@ class UnreadableImageCount(HookBase):
 
     def after_step(self):
         images = readable_images(self.trainer.data_loader)
-        if images is not None and (self.trainer.iter + 1) % 20 == 0:
+        if images is not None and (self.trainer.iter + 1) % LOG_PERIOD == 0:
             count = int(images.unreadable.sum())
             self.trainer.storage.put_scalar("data/unreadable_images", count, smoothing_hint=False)
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
@@ -35,6 +36,7 @@ def launch(main: Callable, args, *, timeout_minutes: float = 30) -> None:
     Raises:
         SystemExit: the training was asked to stop; the code is 128 + the signal's number.
     """
+    timeout = timedelta(minutes=timeout_minutes)
     with _signals_forwarded(args.num_gpus * args.num_machines > 1):
         try:
             launch_processes(
@@ -43,8 +45,8 @@ def launch(main: Callable, args, *, timeout_minutes: float = 30) -> None:
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(main, args),
-                timeout=timedelta(minutes=timeout_minutes),
+                args=(main, args, timeout),
+                timeout=timeout,
             )
         except ProcessExitedException as ended:
             code = ended.exit_code if ended.exit_code > 0 else 128 - ended.exit_code
@@ -68,10 +70,11 @@ def _signals_forwarded(forward: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(main: Callable, args) -> None:
+def _run(main: Callable, args, timeout: timedelta) -> None:
     if comm.get_world_size() == 1:
         main(args)
         return
+    bound_gathering(timeout)
     code = 0
     try:
         main(args)
@@ -85,6 +88,17 @@ def _run(main: Callable, args) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def bound_gathering(timeout: timedelta) -> None:
+    """Let the timeout hold for the group by which Detectron2 gathers objects beside NCCL, too.
+
+    Refreshes, metrics and the wish to stop travel by it; Detectron2 makes it with PyTorch's
+    default. Every process has to call this.
+    """
+    if dist.get_backend() == "nccl":
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        comm._get_global_gloo_group = lambda: group
 
 
 def is_connection_lost(error: Exception) -> bool:

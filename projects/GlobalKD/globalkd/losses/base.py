@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from detectron2.structures import Boxes
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
@@ -165,24 +166,23 @@ class DistillContext:
             for p in self.levels
         }
 
-    @cached_property
+    @property
     def on_ground_truth(self) -> "DistillContext":
         """The same step with the annotated boxes as its instances."""
-        if self.instances is self.ground_truth:
-            return self
+        # Nothing keeps a reference to itself: the maps of a step go with its last reader.
+        return self if self.instances is self.ground_truth else self._with_ground_truth
+
+    @cached_property
+    def _with_ground_truth(self) -> "DistillContext":
         return replace(self, instances=self.ground_truth)
 
     @cached_property
     def teacher_dense(self) -> DenseOutputs:
         """The teacher's dense head on its own maps, with the names of `student_dense`."""
         ours = self.student_dense.logits
-        dense = self.teacher.dense_outputs(self.teacher_features).renamed(list(ours))
-        for level, logits in dense.logits.items():
-            assert logits.shape == ours[level].shape, (
-                f"{level}: the teacher's dense head gives {tuple(logits.shape)}, the student's "
-                f"{tuple(ours[level].shape)}: their inputs are padded to different sizes"
-            )
-        return dense
+        # The pair was checked to have the same anchors: to make them anew would take time.
+        anchors = [Boxes(x.flatten(0, 2)) for x in self.student_dense.anchors.values()]
+        return self.teacher.dense_outputs(self.teacher_features, anchors).renamed(list(ours))
 
     @cached_property
     def predictions(self) -> Responses:
@@ -219,7 +219,8 @@ class DistillContext:
         if self.bank is None or len(self.instances) == 0:
             return self.positives.boxes.new_ones(len(self.positives))
         by_level = torch.stack([self.reliability[p.student] for p in self.levels])  # (L, R)
-        strides = self.positives.strides.new_tensor([p.stride for p in self.levels])
+        strides = torch.tensor([float(p.stride) for p in self.levels])
+        strides = strides.to(self.positives.strides, non_blocking=True)
         level = (self.positives.strides.log2()[:, None] - strides.log2()).abs().argmin(dim=1)
         return by_level[level, self._instance_of_positive()]
 

@@ -58,7 +58,7 @@ def general_instances(
     score, index = score.topk(min(BEFORE_NMS, score.shape[1]), dim=1)  # (N, k)
     trusted = (theirs.amax(dim=-1) > ours.amax(dim=-1)).gather(1, index)
     boxes = torch.where(trusted[..., None], _decode(teacher, index), _decode(student, index))
-    sizes = torch.as_tensor([(w, h, w, h) for h, w in image_sizes]).to(boxes)
+    sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes]).to(boxes, non_blocking=True)
     boxes = boxes.clamp_min(0).minimum(sizes[:, None]).flatten(0, 1)
     large = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) >= max(min_box_size, 1e-3)
     score = score.flatten().masked_fill(~large, -1)  # last: what is too small suppresses nothing

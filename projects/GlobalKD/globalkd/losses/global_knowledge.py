@@ -32,7 +32,7 @@ def coefficient_loss(student: Tensor, teacher: Tensor, weight: Tensor, penalty: 
 
 @DISTILL_LOSS_REGISTRY.register()
 class GlobalKnowledge(DistillLoss):
-    """`loss_kd_global`: the student's instances are to lie to the prototypes as the teacher's do.
+    """`loss_kd_global`: the student is to have the teacher's coefficients on the prototypes.
 
     Mean over instances and levels. With scope "all" the sum over prototypes is divided by the
     number of classes, so that both scopes have one scale.

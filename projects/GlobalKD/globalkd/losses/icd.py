@@ -83,7 +83,7 @@ class ConditionalDecoder(nn.Module):
         query = self.by_head(self.query(condition)).transpose(1, 2)
         key = self.by_head(self.key(cells + self.position(positions))).transpose(1, 2)
         value = self.by_head(self.value(cells))
-        scores = (query @ key.mT).float() / query.shape[-1] ** 0.5
+        scores = (query / query.shape[-1] ** 0.5 @ key.mT).float()  # within float16's range, too
         attention = scores.masked_fill(padding[:, None, None], -torch.inf).softmax(dim=-1)
         answer = (attention.to(value) @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
         decoded = self.norms[0](condition + self.output(answer))

@@ -16,10 +16,19 @@ from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .global_knowledge import GlobalKnowledge
 
+#: Rows whose distances are computed at a time.
+DISTANCE_ROWS = 128
+
 
 def pairwise_distances(features: Tensor) -> Tensor:
     """|f_i - f_j| of all pairs: (R, D) float -> (R, R). Gradient 0 where the distance is 0."""
-    return torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    # In parts: the backward pass on a GPU holds the differences of all their pairs, (R, D) a row.
+    return torch.cat(
+        [
+            torch.cdist(rows, features, compute_mode="donot_use_mm_for_euclid_dist")
+            for rows in features.split(DISTANCE_ROWS)
+        ]
+    )
 
 
 def mean_positive(distances: Tensor) -> Tensor:
@@ -144,8 +153,8 @@ class RKD(DistillLoss):
                     terms.append(measures[name](student, teacher))
         if "loss_kd_rkd_angle" in totals:
             without = max(len(context.instances) - self.max_instances, 0)
-            boxes = context.instances.boxes
-            context.observations["kd/rkd_without_angles"] = boxes.new_tensor(without)
+            number = context.instances.boxes.new_full((), float(without))
+            context.observations["kd/rkd_without_angles"] = number
         return {name: torch.stack(terms).mean() for name, terms in totals.items()}
 
     def _angle_loss(self, student: Tensor, teacher: Tensor) -> Tensor:

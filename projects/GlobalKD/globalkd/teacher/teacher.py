@@ -183,16 +183,20 @@ class Teacher:
             return self._returned(_box_logits(self.model.roi_heads, features, proposals))
 
     @torch.no_grad()
-    def dense_outputs(self, features: Dict[str, Tensor]) -> DenseOutputs:
+    def dense_outputs(self, features: Dict[str, Tensor], anchors: Sequence[Boxes]) -> DenseOutputs:
         """What the dense head (RetinaNet's, or the RPN) says of all anchors on this teacher's maps.
 
         The levels have the teacher's names.
+
+        Args:
+            features: this teacher's feature maps.
+            anchors: of each level, as its anchor generator would make them on these maps.
         """
         head = find_dense_head(self.model)
         maps = [features[f] for f in head.in_features]
         with EventStorage(), self._own_precision():
             logits, deltas = ([self._returned(x) for x in out] for out in head.module(maps))
-        return DenseOutputs.collect(head, head.anchor_generator(maps), logits, deltas)
+        return DenseOutputs.collect(head, anchors, logits, deltas)
 
     @property
     def scores_single_anchors(self) -> bool:

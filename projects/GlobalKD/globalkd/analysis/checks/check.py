@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ...engine.trainer import DistillTrainer
+from ..runs import is_distilled
 from .cost import check_cost
 from .data import check_datasets, register_each
 from .detectors import check_detectors
@@ -63,7 +64,7 @@ def check_run(
 def check_settings(cfg: CfgNode, report: CheckReport) -> None:
     """What the keys say about each other."""
     node, iterations = cfg.MODEL.GLOBALKD, cfg.SOLVER.MAX_ITER
-    if node.ENABLED and not cfg.MODEL.META_ARCHITECTURE.startswith("Distill"):
+    if node.ENABLED and not is_distilled(cfg):
         report.warn(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: nothing is distilled. "
             "DistillGeneralizedRCNN and DistillRetinaNet distil."
