@@ -84,6 +84,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
+    parser.set_defaults(dist_url="auto")  # a free port: of two runs neither has to wait
     parser.add_argument(
         "--timeout", type=float, default=30, metavar="MINUTES", help="longest wait for a process"
     )

@@ -41,6 +41,13 @@ def test_small_crowded_and_difficult_boxes_are_left_out():
     assert len(usable_boxes([], 1.0).boxes) == 0
 
 
+def test_boxes_of_every_mode_become_corners():
+    modes = (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+    box = {"bbox": [3, 5, 20, 30], "category_id": 0}
+    table = usable_boxes([{"annotations": [{**box, "bbox_mode": mode} for mode in modes]}], 1.0)
+    assert table.boxes.tolist() == [[3, 5, 23, 35], [3, 5, 20, 30], [3, 5, 23, 35]]
+
+
 def test_every_class_gets_its_images_up_to_the_cap():
     rng = np.random.default_rng(0)
     dicts = [record(*[(9, 9, int(c)) for c in rng.integers(0, 5, 2)]) for _ in range(200)]
@@ -107,9 +114,14 @@ def test_rows_are_the_datasets_boxes_in_both_spaces(extracted):
         torch.testing.assert_close(features.boxes[row], torch.tensor(box, dtype=torch.float32))
 
 
-def test_batching_does_not_change_the_features(extracted):
-    one, three = extracted(batch_size=1), extracted(batch_size=3)
-    torch.testing.assert_close(one.student["p3"], three.student["p3"], rtol=1e-4, atol=1e-5)
+@pytest.mark.faults
+def test_a_full_disk_is_told_before_the_pass(extracted, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    with pytest.raises(OSError, match=f"FEATURE_DIR is {tmp_path}.*MiB cannot.*No space left"):
+        extracted(folder=str(tmp_path))
 
 
 def test_features_in_memory_mapped_files_are_the_same_and_leave_no_file(extracted, tmp_path):

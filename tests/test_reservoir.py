@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import make_batch
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from globalkd.data import register_datasets
+from globalkd.engine.run_state import RunState
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.features import LevelPair, to_rois
 from globalkd.prototypes import refresh as prototype_refresh
@@ -258,3 +261,20 @@ def test_a_wrong_setting_is_named(key, value, message, tiny_cfg):
     cfg = tiny_cfg("rcnn", f"MODEL.GLOBALKD.PROTOTYPES.{key}", value)
     with pytest.raises(ValueError, match=rf"PROTOTYPES\.{key} is {message}"):
         prototype_refresh.PrototypeRefresher(cfg)
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, True), (1, False)])
+def test_a_process_that_was_not_there_begins_with_an_empty_reservoir(rank, kept, monkeypatch):
+    """Saved by one process and resumed by two: else both would have the same instances."""
+    model = nn.Module()
+    model.distiller = nn.Module()
+    model.distiller.reservoir = filled = InstanceReservoir(
+        [], num_classes=2, size=3, min_box_size=1
+    )
+    monkeypatch.setattr(comm, "get_rank", lambda: rank)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0]])
+    filled.add({}, {}, classes=torch.tensor([1]), boxes=boxes, iteration=5)
+    own = {"loss_normalizer": None, "buffers": {}}
+    RunState(model, 1).load_state_dict({"seed": 1, "processes": [own]})
+    assert len(filled.features(0)) == kept

@@ -20,7 +20,9 @@ from processes import run_alone, run_in_processes, run_unsupervised
 import globalkd.prototypes.refresh
 from globalkd import add_globalkd_config
 from globalkd.data import register_datasets
+from globalkd.engine.evaluation import FastCOCOEvaluator
 from globalkd.engine.trainer import DistillTrainer
+from globalkd.prototypes import extraction
 from globalkd.random_state import seed_all
 
 pytestmark = pytest.mark.slow
@@ -137,6 +139,30 @@ def sigterm_to_all(trainer, step):
     before_step(trainer, step, lambda: subprocess.run(command, start_new_session=True, check=True))
 
 
+def _while_workers_read(owner, name, trainer, step):
+    """SIGTERM to all the first time that `owner.name` is called at a step."""
+    os.setpgrp()
+    original, sent = getattr(owner, name), []
+
+    def called(*args, **kwargs):
+        if trainer.iter == step and not sent:
+            sent.append(True)
+            command = ["kill", "-TERM", "--", f"-{os.getpid()}"]
+            subprocess.run(command, start_new_session=True, check=True)
+            time.sleep(0.5)  # for whoever does not bear it
+        return original(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+def sigterm_in_a_pass(trainer, step):
+    _while_workers_read(extraction, "_extract_batch", trainer, step)
+
+
+def sigterm_in_an_evaluation(trainer, step):
+    _while_workers_read(FastCOCOEvaluator, "process", trainer, step)
+
+
 def sigterm(trainer, step):
     before_step(trainer, step, lambda: kill(signal.SIGTERM))
 
@@ -182,6 +208,42 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(kind, config):
     assert last_checkpoint(part) == "model_0000004.pth"
     assert run_alone(train, part) == (0, "")
     assert differences(final_state(whole), final_state(part)) == []
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "saved"), [(sigterm_in_a_pass, 3), (sigterm_in_an_evaluation, 4)]
+)
+def test_a_signal_to_all_while_other_loaders_read_is_none_to_their_workers(
+    interrupt, saved, config
+):
+    """What was begun is finished, the step after it as well, and saved."""
+    path = config("rcnn", "run", "DATALOADER.NUM_WORKERS", 2, "TEST.EVAL_PERIOD", 4)
+    cfg = read(path)
+    cfg.DATASETS.TEST = (cfg.DATASETS.COCO[1][0],)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 100
+    path.write_text(cfg.dump())
+    code, error = run_alone(train, path, interrupt, 3)
+    assert code == 128 + signal.SIGTERM, error
+    assert last_checkpoint(path) == f"model_{saved:07d}.pth"
+
+
+def train_on_two_machines(rank, path, folder):
+    """The second process sees another folder: OUTPUT_DIR lies on a local disk."""
+    cfg = read(path)
+    cfg.OUTPUT_DIR = folder if rank == 1 else cfg.OUTPUT_DIR
+    DistillTrainer(cfg).resume_or_load(resume=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("distilled", [False, True])
+def test_machines_that_do_not_all_have_the_checkpoint_do_not_begin(config, tmp_path, distilled):
+    opts = ("MODEL.GLOBALKD.ENABLED", distilled, "SOLVER.IMS_PER_BATCH", 4)
+    path = config("rcnn", "run", *opts, "SOLVER.MAX_ITER", 2)
+    assert run_in_processes(train_on_many, tmp_path, path) == [0, 0]
+    (tmp_path / "local").mkdir()
+    ends = run_unsupervised(train_on_two_machines, tmp_path, path, str(tmp_path / "local"))
+    for code, error in ends:
+        assert code == 1 and "would begin at the iterations [2, 0]" in error
 
 
 def test_a_plain_student_without_a_seed_resumes_too(config):

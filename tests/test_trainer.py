@@ -240,3 +240,19 @@ def test_the_first_images_are_a_dataset_of_their_own(cfg):
     assert DatasetCatalog.get(name) == DatasetCatalog.get(cfg.DATASETS.TEST[0])[:2]
     whole = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     assert MetadataCatalog.get(name).thing_classes == whole.thing_classes
+
+
+class OwnEvaluator(DistillTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        raise NotImplementedError
+
+
+@pytest.mark.faults
+def test_data_that_nothing_here_evaluates_is_told_before_the_training(cfg):
+    (name,) = cfg.DATASETS.TEST
+    register_datasets(cfg)
+    MetadataCatalog.get(name).__dict__["evaluator_type"] = "lvis"  # it may be set only once
+    with pytest.raises(ValueError, match=f"'{name}' has evaluator_type 'lvis'.*own build_eval"):
+        DistillTrainer(cfg)
+    OwnEvaluator(cfg)

@@ -7,7 +7,6 @@ student's space, L levels. Row i means the same instance in every tensor of a co
 from dataclasses import dataclass
 from typing import Dict, Sequence, Union
 
-import torch
 from torch import Tensor
 
 
@@ -64,19 +63,6 @@ class PairedFeatures:
             self.student[level][rows] = part.student[level]
         for name in ("classes", "image_ids", "boxes", "annotation_ids"):
             getattr(self, name)[rows] = getattr(part, name)
-
-    @staticmethod
-    def cat(parts: Sequence["PairedFeatures"]) -> "PairedFeatures":
-        """Concatenate parts with equal levels; `parts` must not be empty."""
-        first = parts[0]
-        return PairedFeatures(
-            teacher={n: torch.cat([p.teacher[n] for p in parts]) for n in first.teacher},
-            student={n: torch.cat([p.student[n] for p in parts]) for n in first.student},
-            classes=torch.cat([p.classes for p in parts]),
-            image_ids=torch.cat([p.image_ids for p in parts]),
-            boxes=torch.cat([p.boxes for p in parts]),
-            annotation_ids=torch.cat([p.annotation_ids for p in parts]),
-        )
 
 
 @dataclass

@@ -91,12 +91,13 @@ def shield_workers(loader) -> None:
     inner.worker_init_fn = partial(_shield, inner.worker_init_fn)
 
 
-def _shield(then: Callable, worker_id: int) -> None:
+def _shield(then: Optional[Callable], worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    then(worker_id)
+    if then is not None:
+        then(worker_id)
 
 
 def _end_with_parent() -> None:

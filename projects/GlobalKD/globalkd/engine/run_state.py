@@ -5,11 +5,11 @@ which the data and the random numbers of every step follow, and what each proces
 """
 
 import logging
-from typing import List, Optional
+from typing import Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,14 @@ class RunState:
 
     def collect(self) -> None:
         """Bring every process's part to the first one. All processes must call it before a save."""
-        self._collected = comm.gather(self._own())
+        collected = comm.gather(self._own())
+        # Buffer by buffer: a reservoir may be gigabytes, and what is sent is copied more than once.
+        for name, buffer in self._own_buffers():
+            parts = comm.gather(None if comm.is_main_process() else buffer.cpu())
+            for state, part in zip(collected, parts):
+                if part is not None:
+                    state["buffers"][name] = part
+        self._collected = collected
 
     def state_dict(self) -> dict:
         collected, self._collected = self._collected, []
@@ -50,19 +57,20 @@ class RunState:
                 f"The checkpoint was saved by {len(processes)} processes and is resumed by "
                 f"{comm.get_world_size()}: the run goes on, but not to the bit."
             )
-            rank = 0
-        own = processes[rank]
+        own = processes[rank if rank < len(processes) else 0]
         if own["loss_normalizer"] is not None:
             self.model.loss_normalizer = own["loss_normalizer"]
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 if name in own["buffers"]:
                     buffer.copy_(own["buffers"][name])
+            reservoir = getattr(getattr(self.model, "distiller", None), "reservoir", None)
+            if rank >= len(processes) and reservoir is not None:
+                reservoir.clear()  # what it has is the first process's: nothing is kept twice
 
     def _own(self) -> dict:
-        buffers = {}
-        if not comm.is_main_process():  # the first one's are in the entries model and distiller
-            named = self.model.named_buffers()
-            buffers = {n: b.cpu() for n, b in named if not n.startswith(_SHARED)}
-        normalizer = getattr(self.model, "loss_normalizer", None)
-        return {"loss_normalizer": normalizer, "buffers": buffers}
+        # The first process's buffers are in the entries model and distiller.
+        return {"loss_normalizer": getattr(self.model, "loss_normalizer", None), "buffers": {}}
+
+    def _own_buffers(self) -> Iterator[Tuple[str, Tensor]]:
+        return ((n, b) for n, b in self.model.named_buffers() if not n.startswith(_SHARED))

@@ -30,7 +30,7 @@ from ..data.resumable_loader import ResumableLoader, shield_workers
 from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
 from ..distiller import Distiller
 from .checkpoint import AtomicCheckpointer
-from .evaluation import build_evaluator
+from .evaluation import build_evaluator, require_evaluator
 from .hooks import (
     CheckpointSaver,
     NonFiniteCheck,
@@ -55,6 +55,9 @@ class DistillTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         check_data(cfg)  # before anything that takes long
+        if type(self).build_evaluator.__func__ is DistillTrainer.build_evaluator.__func__:
+            for name in cfg.DATASETS.TEST:
+                require_evaluator(name)
         with _ddp_on_cpu(cfg):
             super().__init__(cfg)
         self.checkpointer = AtomicCheckpointer(
@@ -123,6 +126,7 @@ class DistillTrainer(DefaultTrainer):
         teacher_cfg.defrost()
         teacher_cfg.INPUT.FORMAT = self.distiller.teacher.input_format
         loader = build_detection_test_loader(teacher_cfg, name)
+        shield_workers(loader)
         folder = os.path.join(self.cfg.OUTPUT_DIR, "teacher")
         return inference_on_dataset(
             self.distiller.teacher.model, loader, build_evaluator(self.cfg, name, folder)
@@ -151,11 +155,13 @@ class DistillTrainer(DefaultTrainer):
         mapper = DatasetMapper(cfg, is_train=False)
         mapper = BlankIfUnreadable(mapper, cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
         try:
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         except AssertionError as error:  # the same way to say it as in training
             raise ValueError(
                 f"DATASETS.TEST: '{dataset_name}' has no images to evaluate on: {error}"
             ) from error
+        shield_workers(loader)
+        return loader
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
@@ -164,6 +170,13 @@ class DistillTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True):
         resuming = resume and self.checkpointer.has_checkpoint()
         super().resume_or_load(resume=resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise RuntimeError(
+                f"The processes would begin at the iterations {starts}. To resume on several "
+                f"machines each one needs last_checkpoint and its file in OUTPUT_DIR "
+                f"({self.cfg.OUTPUT_DIR}): copy them, or use a folder that all of them see."
+            )
         if not resuming:
             return
         if self.cfg.DATALOADER.EXACT_RESUME:

@@ -66,7 +66,8 @@ class ClassShard:
 
         Args:
             features: this process's instances, on the CPU if there are several processes; their
-                classes lie in [0, num_classes).
+                classes lie in [0, num_classes). With several processes it is empty afterwards: one
+                tensor after the other is handed over and forgotten.
             num_classes: K.
         """
         world_size, rank = comm.get_world_size(), comm.get_rank()
@@ -76,12 +77,24 @@ class ClassShard:
         owners = _deal(torch.stack(counts).sum(dim=0), world_size)
         if world_size == 1:
             return ClassShard(features, rows, owners)
-        mine: List = []
-        for owner in range(world_size):
-            wanted = owners[features.classes] == owner
-            mine = comm.gather((features.select(wanted), rows[wanted]), dst=owner) or mine
-        parts, rows = zip(*mine)
-        return ClassShard(PairedFeatures.cat(parts), torch.cat(rows), owners)
+        wanted = [owners[features.classes] == owner for owner in range(world_size)]
+
+        def hand_over(x: Tensor) -> Tensor:
+            mine: List[Tensor] = []
+            for owner, chosen in enumerate(wanted):
+                mine = comm.gather(x[chosen], dst=owner) or mine
+            return torch.cat(mine)
+
+        levels = features.levels
+        shard = PairedFeatures(
+            teacher={n: hand_over(features.teacher.pop(n)) for n in levels},
+            student={n: hand_over(features.student.pop(n)) for n in levels},
+            classes=hand_over(features.classes),
+            image_ids=hand_over(features.image_ids),
+            boxes=hand_over(features.boxes),
+            annotation_ids=hand_over(features.annotation_ids),
+        )
+        return ClassShard(shard, hand_over(rows), owners)
 
     def collect(self, prototypes: PrototypeSet) -> Optional[PrototypeSet]:
         """Put the processes' prototypes together. All processes must call it.

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..data.resumable_loader import shield_workers
 from ..data.unreadable import UNREADABLE, pass_over
 from ..features import InstancePooler, LevelPair, crop_to_common, to_rois
 from ..random_state import isolated_rng
@@ -46,14 +47,21 @@ def usable_boxes(dataset_dicts: Sequence[dict], min_box_size: float) -> BoxTable
 
     Left out: crowds, boxes marked difficult, and boxes with a side shorter than `min_box_size`.
     """
-    rows = []
+    rows, modes = [], []
     for image_id, record in enumerate(dataset_dicts):
         for annotation_id, annotation in enumerate(record.get("annotations", [])):
             if annotation.get("iscrowd", 0) or annotation.get("difficult", 0):
                 continue
-            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            box = annotation["bbox"]
             rows.append((*box, annotation["category_id"], image_id, annotation_id))
+            modes.append(annotation["bbox_mode"])
     table = np.asarray(rows, dtype=np.float64).reshape(-1, 7)
+    modes = np.asarray(modes, dtype=np.int64)
+    for mode in np.unique(modes):  # all boxes of a mode at once: there may be millions
+        rows_of_mode = modes == mode
+        table[rows_of_mode, :4] = BoxMode.convert(
+            table[rows_of_mode, :4], BoxMode(mode), BoxMode.XYXY_ABS
+        )
     sides = np.minimum(table[:, 2] - table[:, 0], table[:, 3] - table[:, 1])
     table = table[(sides >= min_box_size) & (sides > 0)]
     ids = table[:, 4:].astype(np.int64)
@@ -181,6 +189,7 @@ def extract_features(
     )
     features = _allocate(sum(len(records[i]["boxes"]) for i in sampler), levels, folder)
     start = 0
+    shield_workers(loader)
     hidden = None if comm.is_main_process() else True  # None: only on a terminal
     with _evaluation_mode(student), isolated_rng():
         for batch in tqdm(loader, desc="instance features", unit="batch", disable=hidden):
@@ -220,6 +229,7 @@ def _allocate(rows: int, levels: Sequence[LevelPair], folder: str) -> PairedFeat
         os.makedirs(folder, exist_ok=True)
         # The file has no name once this returns: it lives as long as the tensor.
         with tempfile.NamedTemporaryFile(dir=folder) as file:
+            _claim(file.fileno(), 4 * rows * channels, folder)
             mapped = torch.from_file(file.name, shared=True, size=rows * channels)
         return mapped.view(rows, channels)
 
@@ -232,6 +242,23 @@ def _allocate(rows: int, levels: Sequence[LevelPair], folder: str) -> PairedFeat
         boxes=torch.zeros(rows, 4),
         annotation_ids=ids.clone(),
     )
+
+
+def _claim(descriptor: int, size: int, folder: str) -> None:
+    """Have the disk's room for a whole file: where it ran out later, the process would be killed.
+
+    Raises:
+        OSError: there is not so much.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        raise OSError(
+            f"MODEL.GLOBALKD.PROTOTYPES.FEATURE_DIR is {folder}, where a file of "
+            f"{size / 2**20:.0f} MiB cannot be made: {error}."
+        ) from error
 
 
 @contextmanager

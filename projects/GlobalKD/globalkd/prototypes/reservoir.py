@@ -86,6 +86,10 @@ class InstanceReservoir(nn.Module):
         self.iterations[-1] = -1
         self.counts += mine.sum(dim=0).clamp_max(self.size)
 
+    def clear(self) -> None:
+        """Forget every instance."""
+        self.iterations.fill_(-1)
+
     def features(self, since: int) -> PairedFeatures:
         """The instances stored at iteration `since` or later, class by class, on the CPU.
 
