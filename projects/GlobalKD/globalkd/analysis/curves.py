@@ -26,7 +26,7 @@ def draw_curves(path, folders: Dict[str, Sequence[Path]]) -> None:
             records = read_metrics(folder)
             _plot(left, records, lambda r: r.get("bbox/AP"), marker="o", **style)
             _plot(right, records, _detection_loss, **style)
-    left.set(xlabel="step", ylabel="AP", title="AP on the test data")
+    left.set(xlabel="step", ylabel="AP", title="AP on DATASETS.TEST")
     right.set(xlabel="step", ylabel="loss", title="Detection loss (without distillation terms)")
     _finish(path, figure)
 
