@@ -8,7 +8,7 @@ Shapes: N images, L levels, H x W cells of a level, R boxes, D channels.
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -96,7 +96,7 @@ def match_levels(
     return pairs
 
 
-def crop_to_common(student: Tensor, teacher: Tensor) -> "tuple[Tensor, Tensor]":
+def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
     """Cut two (N, *, H, W) maps of equal stride to their common top-left area.
 
     Detectors pad to different multiples; the padding lies at the right and at the bottom.

@@ -6,7 +6,7 @@ and how well they find planted errors (`audit_measure`).
 Shapes: R annotations, K classes, M detections of one image.
 """
 
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def best_other_margin(values: Tensor, classes: Tensor) -> Tensor:
 
 def class_support(
     features: PairedFeatures, detections: List[Instances], num_classes: int
-) -> "tuple[Tensor, Tensor]":
+) -> Tuple[Tensor, Tensor]:
     """What a detector's detections say of the annotations.
 
     A detection supports an annotation by its score times their IoU.

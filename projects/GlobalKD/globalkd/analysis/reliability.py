@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Dict, List
 
 import numpy as np
-import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from ..prototypes.bank import RELIABILITIES
@@ -105,11 +105,6 @@ class AnnotationReliability:
     ambiguity: np.ndarray
     kinds: np.ndarray
 
-    @property
-    def mean(self) -> np.ndarray:
-        """(R,) mean over levels."""
-        return np.mean(list(self.reliability.values()), axis=0)
-
 
 def dataset_reliability(model: nn.Module, dataset: str) -> AnnotationReliability:
     """Reliability of every annotation of a registered dataset; see `dataset_annotations`.
@@ -154,11 +149,6 @@ def ambiguity_auc(score: np.ndarray, ambiguous: np.ndarray) -> float:
     Returns:
         Area under the ROC curve, ties counted half; NaN if one kind is absent.
     """
-    low, high = score[ambiguous], score[~ambiguous]
-    if len(low) == 0 or len(high) == 0:
+    if ambiguous.all() or not ambiguous.any():
         return float("nan")
-    order = torch.as_tensor(np.sort(high))
-    low = torch.as_tensor(low)
-    above = len(high) - torch.searchsorted(order, low, right=True)
-    equal = torch.searchsorted(order, low, right=True) - torch.searchsorted(order, low)
-    return float((above + 0.5 * equal).double().sum() / (len(low) * len(high)))
+    return float(roc_auc_score(ambiguous, -score))

@@ -3,7 +3,7 @@
 "Distilling Object Detectors via Decoupled Features", Guo et al., CVPR 2021 (DeFeat).
 """
 
-from typing import Dict, Sequence
+from typing import Dict, Sequence, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -26,7 +26,7 @@ def box_levels(boxes: Tensor, num_levels: int) -> Tensor:
     return (side / FINEST_SIDE).log2().floor().clamp(0, num_levels - 1).long()
 
 
-def decoupled_divergence(responses: Responses, temperature: float) -> "tuple[Tensor, Tensor]":
+def decoupled_divergence(responses: Responses, temperature: float) -> Tuple[Tensor, Tensor]:
     """Mean KL divergence of class predictions: on foreground rows, and on background rows."""
     divergence = sigmoid_kl if responses.one_stage else softmax_kl
     rows = divergence(responses.student, responses.teacher, temperature)
