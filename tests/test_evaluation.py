@@ -308,7 +308,7 @@ def test_voc_ground_truth_as_predictions_gives_100_and_absent_classes_do_not_cou
     register_datasets_of(cfg, voc=[["mine", str(tmp_path / "voc"), "some", ["c", "a", "b"]]])
 
     def predict(record):
-        wrong = detections([[0, 0, 9, 9]], [0], [0.9])
+        wrong = detections([[0, 0, 9, 9], [0, 0, 5, 5]], [0, 3], [0.9, 0.8])  # 3 is no class at all
         return Instances.cat([truth_as_detections(record), wrong])
 
     results = evaluate(build_evaluator(cfg, "mine"), "mine", predict)

@@ -9,9 +9,11 @@ import pytest
 from conftest import NARROW
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.engine.hooks import BestCheckpointer
 
 from globalkd.config_reading import fall_back_to_cpu
 from globalkd.data import register_datasets
+from globalkd.engine.checkpoint import AtomicCheckpointer
 from globalkd.engine.trainer import (
     DistillTrainer,
     check_classes,
@@ -243,9 +245,29 @@ def test_the_first_images_are_a_dataset_of_their_own(cfg):
 
 
 class OwnEvaluator(DistillTrainer):
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+    @staticmethod
+    def build_evaluator(cfg, dataset_name, output_folder=None):
         raise NotImplementedError
+
+
+class OwnTest(DistillTrainer):
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        return {}
+
+
+class OwnHook(DistillTrainer):
+    def build_hooks(self):
+        self.kept = BestCheckpointer(100, self.checkpointer, "bbox/AP")
+        return [*super().build_hooks(), self.kept]
+
+
+def test_a_hook_of_a_subclass_saves_whole_checkpoints(cfg):
+    register_datasets(cfg)
+    trainer = OwnHook(cfg)
+    assert trainer.kept._checkpointer is trainer.checkpointer
+    assert isinstance(trainer.checkpointer, AtomicCheckpointer)
+    assert {"distiller", "run"} <= set(trainer.checkpointer.checkpointables)
 
 
 @pytest.mark.faults
@@ -256,3 +278,4 @@ def test_data_that_nothing_here_evaluates_is_told_before_the_training(cfg):
     with pytest.raises(ValueError, match=f"'{name}' has evaluator_type 'lvis'.*own build_eval"):
         DistillTrainer(cfg)
     OwnEvaluator(cfg)
+    OwnTest(cfg)

@@ -288,6 +288,11 @@ class Distiller(nn.Module):
         for loss in self.losses.values():
             for name, term in loss(context).items():
                 assert name not in terms and name not in detection_losses, name
+                if name not in loss.weights:
+                    raise KeyError(
+                        f"{type(loss).__name__} returns the term {name!r}, which has no weight "
+                        f"above 0 in its `weights`: {loss.weights}."
+                    )
                 terms[name] = term * (factor * loss.weights[name])
         terms = self.non_finite.watch_terms(terms, iteration, batched_inputs)
         if self.reservoir is not None:

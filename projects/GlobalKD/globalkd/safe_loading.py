@@ -11,7 +11,6 @@ import collections
 import logging
 import pickle
 import re
-import zipfile
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 from unittest import mock
@@ -71,9 +70,6 @@ def load_tensors(file: Any, **kwargs) -> Any:
     Raises:
         pickle.UnpicklingError: the file holds something else.
     """
-    if isinstance(file, str) and zipfile.is_zipfile(file):  # as PyTorch writes them since 1.6
-        # Read where it is used: of all processes' reservoirs each process copies its own alone.
-        kwargs["mmap"] = True
     return _load_anything(file, **{"map_location": "cpu", **kwargs, "weights_only": True})
 
 

@@ -192,13 +192,14 @@ class VOCFolderEvaluator(DatasetEvaluator):
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
             return {}
-        images_of_class = [[] for _ in self._class_names]
+        images_of_class = {label: [] for label in range(len(self._class_names))}
         for image_id, found in itertools.chain(*gathered):
             labels = {annotation["category_id"] for annotation in self._truth[image_id]}
-            for label in labels.union(found.pred_classes.tolist()):
+            # A detector may have more outputs than the dataset has classes.
+            for label in labels.union(found.pred_classes.tolist()) & images_of_class.keys():
                 images_of_class[label].append((image_id, found))
-        classes = tqdm(images_of_class, desc="VOC metric", unit="class", disable=None)
-        ap = np.stack([self._class_ap(i, images) for i, images in enumerate(classes)])
+        classes = tqdm(images_of_class.items(), desc="VOC metric", unit="class", disable=None)
+        ap = np.stack([self._class_ap(label, images) for label, images in classes])
         defined = ap[~np.isnan(ap).any(1)]
         mean = defined.mean(0) if len(defined) else ap[0]
         results = {"AP": mean.mean(), "AP50": mean[0], "AP75": mean[5]}

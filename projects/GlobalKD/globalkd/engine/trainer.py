@@ -3,12 +3,11 @@
 The same trainer trains a teacher, a plain student and a distilled one; the configuration decides.
 """
 
-import contextlib
 import logging
 import os
-import weakref
+from contextlib import contextmanager
 from functools import partial
-from typing import ContextManager, List, Optional
+from typing import Iterator, List, Optional
 from unittest import mock
 
 import torch
@@ -55,17 +54,11 @@ class DistillTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         check_data(cfg)  # before anything that takes long
-        if type(self).build_evaluator.__func__ is DistillTrainer.build_evaluator.__func__:
+        if self._evaluates_by_itself():
             for name in cfg.DATASETS.TEST:
                 require_evaluator(name)
-        with _ddp_on_cpu(cfg):
+        with _own_parts(cfg):
             super().__init__(cfg)
-        self.checkpointer = AtomicCheckpointer(
-            self.model,
-            cfg.OUTPUT_DIR,
-            allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE,
-            trainer=weakref.proxy(self),
-        )
         model = getattr(self.model, "module", self.model)
         self.run_state = RunState(model, getattr(self.data_loader, "seed", None))
         teacher_classes = ()
@@ -82,6 +75,15 @@ class DistillTrainer(DefaultTrainer):
     def distiller(self) -> Optional[Distiller]:
         model = getattr(self.model, "module", self.model)
         return getattr(model, "distiller", None)
+
+    @classmethod
+    def _evaluates_by_itself(cls) -> bool:
+        """Whether no subclass has put its own evaluation in the place of this one."""
+
+        def owner(name: str) -> type:
+            return next(c for c in cls.__mro__ if name in vars(c))
+
+        return owner("build_evaluator") is DistillTrainer and owner("test") is DefaultTrainer
 
     def build_hooks(self) -> List[HookBase]:
         # Hooks run in the order of their list: prototypes come before the step's timer.
@@ -187,12 +189,21 @@ class DistillTrainer(DefaultTrainer):
         logger.info(f"Resumed at iteration {self.start_iter}. {how}")
 
 
-def _ddp_on_cpu(cfg: CfgNode) -> ContextManager:
-    """Keep from DDP the GPU index that Detectron2's trainer hands it, which it refuses on a CPU."""
-    if cfg.MODEL.DEVICE != "cpu":
-        return contextlib.nullcontext()
-    create = partial(create_ddp_model, device_ids=None)
-    return mock.patch.object(defaults, "create_ddp_model", create)
+@contextmanager
+def _own_parts(cfg: CfgNode) -> Iterator[None]:
+    """Let Detectron2's trainer build two parts in another way than it does by itself.
+
+    While it builds, and not afterwards: its hooks, and those of a subclass, keep its checkpointer.
+    """
+    create = create_ddp_model
+    if cfg.MODEL.DEVICE == "cpu":  # DDP refuses the GPU index that Detectron2 hands it
+        create = partial(create_ddp_model, device_ids=None)
+    checkpointer = partial(AtomicCheckpointer, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE)
+    with (
+        mock.patch.object(defaults, "create_ddp_model", create),
+        mock.patch.object(defaults, "DetectionCheckpointer", checkpointer),
+    ):
+        yield
 
 
 def first_images(dataset: str, count: int) -> str:

@@ -52,9 +52,11 @@ def usable_boxes(dataset_dicts: Sequence[dict], min_box_size: float) -> BoxTable
         for annotation_id, annotation in enumerate(record.get("annotations", [])):
             if annotation.get("iscrowd", 0) or annotation.get("difficult", 0):
                 continue
-            box = annotation["bbox"]
+            box, mode = annotation["bbox"], annotation["bbox_mode"]
+            if len(box) != 4:  # rotated
+                box, mode = BoxMode.convert(list(box), mode, BoxMode.XYXY_ABS), BoxMode.XYXY_ABS
             rows.append((*box, annotation["category_id"], image_id, annotation_id))
-            modes.append(annotation["bbox_mode"])
+            modes.append(mode)
     table = np.asarray(rows, dtype=np.float64).reshape(-1, 7)
     modes = np.asarray(modes, dtype=np.int64)
     for mode in np.unique(modes):  # all boxes of a mode at once: there may be millions
