@@ -10,6 +10,7 @@ SIGTERM and Ctrl-C save a checkpoint after the running step and end with code 14
 goes on as if nothing had happened.
 """
 
+import logging
 import os
 from contextlib import contextmanager, nullcontext
 from unittest import mock
@@ -26,6 +27,8 @@ from globalkd.engine.launching import launch
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
+
+logger = logging.getLogger("globalkd")
 
 
 def setup(args):
@@ -59,6 +62,8 @@ def kept(path):
 def evaluate(cfg, args):
     """Evaluate the weights of the configuration on its test datasets."""
     check_data(cfg, train=False)
+    if not cfg.MODEL.WEIGHTS and not args.resume:
+        logger.warning("MODEL.WEIGHTS is empty: what is evaluated has random weights.")
     alone = cfg.clone()
     alone.defrost()
     alone.MODEL.GLOBALKD.ENABLED = False  # a student alone: no teacher is needed
@@ -90,4 +95,9 @@ if __name__ == "__main__":
     )
     add_import_argument(parser)
     args = parser.parse_args()
+    try:  # here once, where a mistake needs no traceback of a process
+        import_modules(args.imports)
+        load_config(args.config_file, args.opts)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     launch(main, args, timeout_minutes=args.timeout)

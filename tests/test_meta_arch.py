@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from globalkd.losses import DistillContext, Positives
+from globalkd.losses import DISTILL_LOSS_REGISTRY, DistillContext, FeatureKnowledge, Positives
 from globalkd.pairing import inherit_heads
 
 STOCK = {"DistillGeneralizedRCNN": "GeneralizedRCNN", "DistillRetinaNet": "RetinaNet"}
@@ -420,3 +420,14 @@ def test_reliability_is_taken_from_the_nearest_level(tiny_cfg, batch):
     )
     context.reliability = {p.student: torch.full((5,), float(p.stride)) for p in context.levels}
     assert context._positive_reliability()[[0, 2, 4]].tolist() == [4, 16, 64]
+
+
+@pytest.mark.faults
+def test_two_losses_with_one_term_are_named_at_the_start(tiny_cfg, monkeypatch):
+    class Again(FeatureKnowledge):
+        pass
+
+    monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "Again", Again)
+    message = "FeatureKnowledge and Again both return 'loss_kd_feature'"
+    with pytest.raises(ValueError, match=message):
+        build(tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["FeatureKnowledge", "Again"]))

@@ -427,3 +427,14 @@ def test_what_compares_anchors_refuses_another_input_size(kind, loss, tiny_cfg):
     options = ["MODEL.GLOBALKD.LOSSES", [loss], "MODEL.GLOBALKD.TEACHER.INPUT_SCALE", 0.5]
     with pytest.raises(ValueError, match=rf"\['{loss}'\].*INPUT_SCALE = 0.5"):
         build_model(tiny_cfg(kind, *options))
+
+
+@pytest.mark.faults
+def test_weights_of_a_deeper_backbone_are_refused(tmp_path):
+    """Each entry of R18 is in R34, too, and yet it is another detector."""
+    deep, path = [*SMALL, "MODEL.RESNETS.DEPTH", 34], str(tmp_path / "deep.pth")
+    torch.save({"model": build_model(teacher_config(QUICK, deep)).state_dict()}, path)
+    with pytest.raises(ValueError, match="entries of a backbone .*such as backbone.bottom_up.res"):
+        build_teacher(QUICK, path, SMALL)
+    build_teacher(QUICK, path, SMALL, allow_random_weights=True)
+    build_teacher(QUICK, path, deep)

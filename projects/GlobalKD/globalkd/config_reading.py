@@ -73,6 +73,8 @@ def load_config(
         logger.info(
             f"{config_file}: what it does not set of {added} is as in the student's config."
         )
+    if flags := [x for x in opts if str(x).startswith("--")]:
+        raise ValueError(f"{flags[0]} stands among the KEY VALUE pairs: it must come before them.")
     cfg = _SafeCfgNode(cfg)
     _require_file(config_file)
     _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
@@ -100,7 +102,22 @@ def _add_missing(cfg: CfgNode, like: CfgNode, prefix: str = "") -> List[str]:
 
 
 class _SafeCfgNode(CfgNode):
-    """Decides file by file whether YAML may run code; `_BASE_` is loaded through here, too."""
+    """Decides file by file whether YAML may run code; `_BASE_` is loaded through here, too.
+
+    Where a float belongs it takes a whole number as well.
+    """
+
+    def merge_from_other_cfg(self, cfg_other):
+        _whole_to_float(self, cfg_other)
+        return super().merge_from_other_cfg(cfg_other)
+
+    def merge_from_list(self, cfg_list):
+        cfg_list = list(cfg_list)
+        floats = {key for key, value in _leaves(self) if isinstance(value, float)}
+        for i in range(0, len(cfg_list) - 1, 2):
+            if cfg_list[i] in floats and re.fullmatch(r"[+-]?\d+", str(cfg_list[i + 1])):
+                cfg_list[i + 1] = f"{cfg_list[i + 1]}.0"
+        return super().merge_from_list(cfg_list)
 
     @classmethod
     def load_yaml_with_base(cls, filename, allow_unsafe=False):
@@ -117,6 +134,14 @@ class _SafeCfgNode(CfgNode):
             raise ValueError(f"it is not YAML: {error}") from error
         except TypeError as error:
             raise ValueError(f"{filename} does not hold KEY: VALUE lines") from error
+
+
+def _whole_to_float(own: CfgNode, other: CfgNode) -> None:
+    for name, value in other.items():
+        if isinstance(value, dict) and isinstance(own.get(name), CfgNode):
+            _whole_to_float(own[name], value)
+        elif type(value) is int and isinstance(own.get(name), float):
+            other[name] = float(value)
 
 
 def _merge(cfg: CfgNode, source: str, merge) -> None:
@@ -149,7 +174,8 @@ def _kind(cfg: CfgNode, key: str) -> str:
         cfg = cfg[part]
     if isinstance(cfg, CfgNode):
         return f"a group of keys, such as {', '.join(list(cfg)[:3])}"
-    return f"a {type(cfg).__name__}, such as {cfg!r}"
+    kind = type(cfg).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}, such as {cfg!r}"
 
 
 def _nearest(cfg: CfgNode, key: str) -> str:
@@ -189,6 +215,11 @@ def check_config(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.GLOBALKD.STOP_ITER is {node.STOP_ITER}, before the end of the warm-up, "
             f"MODEL.GLOBALKD.WARMUP_ITERS = {node.WARMUP_ITERS}: raise one or lower the other."
+        )
+    if cfg.SOLVER.MAX_ITER in cfg.SOLVER.STEPS:
+        raise ValueError(
+            f"SOLVER.STEPS {cfg.SOLVER.STEPS} contains SOLVER.MAX_ITER = {cfg.SOLVER.MAX_ITER}: "
+            "the learning rate can only be lowered before the end of the training."
         )
     architecture = cfg.MODEL.META_ARCHITECTURE
     if node.ENABLED and node.TEACHER.CONFIG_FILE and not architecture.startswith("Distill"):

@@ -90,6 +90,14 @@ class Distiller(nn.Module):
         self.losses = nn.ModuleDict({type(loss).__name__: loss for loss in active})
         if len(self.losses) < len(active):
             raise ValueError("MODEL.GLOBALKD.LOSSES names a loss twice.")
+        source: Dict[str, str] = {}
+        for loss_name, term in ((n, term) for n, x in self.losses.items() for term in x.weights):
+            if term in source:
+                raise ValueError(
+                    f"MODEL.GLOBALKD.LOSSES: {source[term]} and {loss_name} both return {term!r}, "
+                    "but terms need names of their own."
+                )
+            source[term] = loss_name
         self.refresher = refresher
         self.in_features = in_features
         self.instances = instances
@@ -381,5 +389,8 @@ def build_loss(cfg, name: str) -> DistillLoss:
     """Build a registered loss from a config."""
     if name not in DISTILL_LOSS_REGISTRY:
         known = sorted(key for key, _ in DISTILL_LOSS_REGISTRY)
-        raise ValueError(f"MODEL.GLOBALKD.LOSSES names {name!r}; registered are {known}.")
+        raise ValueError(
+            f"MODEL.GLOBALKD.LOSSES names {name!r}; registered are {known}. A loss of your own "
+            "needs its module to be imported: --import my_project.my_loss."
+        )
     return DISTILL_LOSS_REGISTRY.get(name)(cfg)

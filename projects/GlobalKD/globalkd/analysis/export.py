@@ -94,6 +94,7 @@ def export_student(
         graph_export.require_onnx()
     if ending in GRAPHS:
         opts = [*opts, "MODEL.DEVICE", "cpu"]  # a graph keeps its device
+    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     cfg = written_config(folder, opts)
     student = load_run(folder, checkpoint, opts=opts)
     images = comparison_images(cfg, num_images)

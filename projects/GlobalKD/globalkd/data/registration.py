@@ -134,7 +134,9 @@ def _load_voc(name: str, folder: str, split: str, class_names: Sequence[str]) ->
 
 def _require_exists(key: str, entry: Sequence, path: str) -> None:
     if not PathManager.exists(path):
-        raise FileNotFoundError(f"{key}: entry {entry!r}: there is no {path}")
+        raise FileNotFoundError(
+            f"{key}: entry {entry!r}: there is no {path} (seen from {os.getcwd()})"
+        )
 
 
 def _is_registered(key: str, name: str, source: List) -> bool:

@@ -142,10 +142,12 @@ def load_teacher_weights(
 ) -> None:
     """Load a checkpoint and refuse it unless every entry of the detector was filled.
 
+    A backbone's entries that it has no place for are refused, too; those of other heads are not.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: entries stayed unfilled, and the message names them; or the file holds more than
-            tensors and plain values.
+        ValueError: entries stayed unfilled or were left over, and the message names them; or the
+            file holds more than tensors and plain values.
     """
     if not weights:
         _refuse("MODEL.GLOBALKD.TEACHER.WEIGHTS is empty, and its config names none", allow_random)
@@ -163,12 +165,23 @@ def load_teacher_weights(
     # A counter that old checkpoints lack and that evaluation does not read.
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     logger.info(f"Teacher: {total - len(missing)} of {total} entries loaded from {weights}.")
+    unused = [
+        key
+        for key in sorted(checkpointer.incompatible.unexpected_keys)
+        if key.startswith("backbone.") and not key.endswith("num_batches_tracked")
+    ]
     if missing:
         shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         _refuse(
             f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) fills {total - len(missing)} of {total} "
             f"entries of the teacher. Missing, or of another shape: {shown}",
             allow_random,
+        )
+    if unused and not allow_random:
+        raise ValueError(
+            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) holds {len(unused)} entries of a backbone "
+            f"for which the teacher's config has no place, such as {unused[0]}. Of another depth, "
+            "perhaps? Give the config that the weights were trained with."
         )
 
 

@@ -48,7 +48,7 @@ def check_run(
         check_settings(cfg, report)
         cfg.OUTPUT_DIR = folder
         cfg.WANDB.ENABLED = False  # a check is no run that one wants to see there
-        cfg.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // num_gpus, 1)
+        cfg.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // max(num_gpus, 1), 1)
         for error in register_each(cfg):
             report.problem(f"Datasets: {error}")
         readable = check_datasets(cfg, report, num_gpus)

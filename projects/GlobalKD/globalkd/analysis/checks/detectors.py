@@ -63,6 +63,11 @@ def load_student(
     if unfilled:
         parts = sorted({key.split(".")[0] for key in unfilled})
         text += f"; random: {len(unfilled)} in {', '.join(parts)}"
+    if unused := [k for k in result.unexpected_keys if k.startswith("backbone.")]:
+        report.warn(
+            f"MODEL.WEIGHTS ({weights}) holds {len(unused)} entries of a backbone for which the "
+            f"student has no place, such as {unused[0]}: those of a deeper one?"
+        )
     return text
 
 
