@@ -271,10 +271,10 @@ def test_a_hook_of_a_subclass_saves_whole_checkpoints(cfg):
 
 
 @pytest.mark.faults
-def test_data_that_nothing_here_evaluates_is_told_before_the_training(cfg):
+def test_data_that_nothing_here_evaluates_is_told_before_the_training(cfg, monkeypatch):
     (name,) = cfg.DATASETS.TEST
     register_datasets(cfg)
-    MetadataCatalog.get(name).__dict__["evaluator_type"] = "lvis"  # it may be set only once
+    monkeypatch.setitem(vars(MetadataCatalog.get(name)), "evaluator_type", "lvis")
     with pytest.raises(ValueError, match=f"'{name}' has evaluator_type 'lvis'.*own build_eval"):
         DistillTrainer(cfg)
     OwnEvaluator(cfg)
