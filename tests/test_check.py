@@ -47,6 +47,12 @@ def test_a_plain_configuration_can_be_checked(tiny_cfg, checked):
     assert any("nothing is distilled" in warning for warning in report.warnings)
 
 
+def test_no_gpu_is_one_process(tiny_cfg, checked):
+    """With a GPU or without, train_net.py takes --num-gpus 0."""
+    report, text = checked(tiny_cfg("rcnn", "MODEL.RETINANET.NORM", "BN"), num_gpus=0)
+    assert report.problems == [] and "the whole run" in text
+
+
 @pytest.mark.faults
 def test_every_problem_is_listed(tiny_cfg, checked, scenes):
     """Of data, teacher, student and levels: none hides another."""

@@ -135,8 +135,12 @@ def after_saving(trainer, step):
 def sigterm_to_all(trainer, step):
     """SIGTERM from elsewhere to this process and its loader workers, as clusters send it."""
     os.setpgrp()
+    before_step(trainer, step, terminate_group)
+
+
+def terminate_group():
     command = ["kill", "-TERM", "--", f"-{os.getpid()}"]
-    before_step(trainer, step, lambda: subprocess.run(command, start_new_session=True, check=True))
+    subprocess.run(command, start_new_session=True, check=True)
 
 
 def _while_workers_read(owner, name, trainer, step):
@@ -147,8 +151,7 @@ def _while_workers_read(owner, name, trainer, step):
     def called(*args, **kwargs):
         if trainer.iter == step and not sent:
             sent.append(True)
-            command = ["kill", "-TERM", "--", f"-{os.getpid()}"]
-            subprocess.run(command, start_new_session=True, check=True)
+            terminate_group()
             time.sleep(0.5)  # for whoever does not bear it
         return original(*args, **kwargs)
 

@@ -42,13 +42,14 @@ def check_run(
         echo: gets the text of each part as it is ready.
     """
     report = CheckReport(echo)
+    num_gpus = max(num_gpus, 1)  # 0 is one process, as it is for train_net.py
     cfg = cfg.clone()
     cfg.defrost()
     with report.log_warnings(), tempfile.TemporaryDirectory() as folder:
         check_settings(cfg, report)
         cfg.OUTPUT_DIR = folder
         cfg.WANDB.ENABLED = False  # a check is no run that one wants to see there
-        cfg.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // max(num_gpus, 1), 1)
+        cfg.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // num_gpus, 1)
         for error in register_each(cfg):
             report.problem(f"Datasets: {error}")
         readable = check_datasets(cfg, report, num_gpus)
