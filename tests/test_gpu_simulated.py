@@ -61,41 +61,45 @@ class NoWaitingCopy(TorchDispatchMode):
         return result
 
 
-def moved(value, device, seen=None):
-    """A copy with fake tensors of a device in place of all tensors, however deep they are."""
+def fake(device):
+    """Makes of a tensor a fake one of that device."""
+    return lambda x: torch.empty(x.shape, dtype=x.dtype, device=device)
+
+
+def moved(value, move, seen=None):
+    """A copy with `move(x)` in place of each tensor x, however deep they are."""
     seen = {} if seen is None else seen
     if id(value) not in seen:
-        seen[id(value)] = _moved(value, device, seen), value  # kept: ids of the dead come again
+        seen[id(value)] = _moved(value, move, seen), value  # kept: ids of the dead come again
     return seen[id(value)][0]
 
 
-def _moved(value, device, seen):
+def _moved(value, move, seen):
     if isinstance(value, torch.Tensor):
-        fake = torch.empty(value.shape, dtype=value.dtype, device=device)
-        return fake.requires_grad_(value.requires_grad)
+        return move(value).requires_grad_(value.requires_grad)
     if isinstance(value, nn.Module):
         for module in value.modules():
             for name, x in [*module._parameters.items(), *module._buffers.items()]:
                 if x is not None and not isinstance(x, nn.Parameter):
-                    module._buffers[name] = moved(x, device, seen)
+                    module._buffers[name] = moved(x, move, seen)
                 elif x is not None:
-                    fake = torch.empty(x.shape, dtype=x.dtype, device=device)
-                    module._parameters[name] = nn.Parameter(fake, requires_grad=x.requires_grad)
+                    own = move(x)
+                    module._parameters[name] = nn.Parameter(own, requires_grad=x.requires_grad)
         return value
     if dataclasses.is_dataclass(value):
         new = copy.copy(value)
         for name, x in vars(value).items():  # what was computed and cached, too
-            vars(new)[name] = moved(x, device, seen)
+            vars(new)[name] = moved(x, move, seen)
         return new
     if isinstance(value, dict):
-        return {k: moved(x, device, seen) for k, x in value.items()}
+        return {k: moved(x, move, seen) for k, x in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(moved(x, device, seen) for x in value)
+        return type(value)(moved(x, move, seen) for x in value)
     if isinstance(value, Boxes):
-        return Boxes(moved(value.tensor, device, seen))
+        return Boxes(moved(value.tensor, move, seen))
     if isinstance(value, Instances):
         return Instances(
-            value.image_size, **{k: moved(x, device, seen) for k, x in value.get_fields().items()}
+            value.image_size, **{k: moved(x, move, seen) for k, x in value.get_fields().items()}
         )
     return value
 
@@ -111,7 +115,7 @@ def test_a_loss_stays_on_the_gpu_and_does_not_wait_for_it(name, make, one_stage)
     context = toy_step(one_stage=one_stage, bank=toy_bank())
     loss = attach(make(), context)
     with FakeTensorMode():
-        loss, context = moved(loss, "cuda"), moved(context, "cuda")
+        loss, context = moved(loss, fake("cuda")), moved(context, fake("cuda"))
         with NoWaitingCopy():
             terms = loss(context)
     for term in terms.values():
@@ -152,12 +156,13 @@ def test_a_whole_distillation_step_stays_on_the_gpu(tiny_cfg, kind):
     images = distiller.teacher.model.preprocess_image(batch)  # asks tensors of the host for values
     seen = {}
     with EventStorage(), FakeTensorMode():
-        moved(distiller.teacher.model, "cuda", seen)
-        images.tensor = moved(images.tensor, "cuda")
+        moved(distiller.teacher.model, fake("cuda"), seen)
+        images.tensor = moved(images.tensor, fake("cuda"))
         distiller.teacher.model.preprocess_image = lambda _: images
         batch, outputs, losses, _ = taken["args"]
-        distiller = moved(distiller, "cuda", seen)
-        step = moved(batch, "cpu"), moved(outputs, "cuda", seen), moved(losses, "cuda", seen)
+        cuda = fake("cuda")
+        distiller = moved(distiller, cuda, seen)
+        step = moved(batch, fake("cpu")), moved(outputs, cuda, seen), moved(losses, cuda, seen)
         with NoWaitingCopy():
             terms = distiller(*step)
     assert len(terms) == len(globalkd) + len(responses) + len(drkd)

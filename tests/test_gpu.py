@@ -1,0 +1,128 @@
+"""What runs on a GPU, run on one: skipped elsewhere, where test_gpu_simulated.py looks at devices."""
+
+import copy
+
+import pytest
+import torch
+from conftest import KINDS, make_batch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from test_gpu_simulated import CASES, moved
+from test_training import run
+from toy_step import attach, leaves, toy_bank, toy_step
+
+from globalkd.analysis.runs import load_run, read_metrics
+from globalkd.data import register_datasets
+from globalkd.prototypes.sparse_coding import select_atoms
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+both = pytest.mark.parametrize("kind", list(KINDS))
+DRKD = ["PixelRelation", "InstanceRelation", "InstanceFeature"]
+GLOBALKD = ["GlobalKnowledge", "FeatureKnowledge", "ResponseKnowledge"]
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """Convolutions in full float32, so that both devices compute the same."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "one_stage"),
+    CASES,
+    ids=[f"{n}-{'retinanet' if one else 'rcnn'}" for n, _, one in CASES],
+)
+def test_a_loss_and_its_gradient_are_those_of_the_cpu(name, make, one_stage):
+    def terms_and_gradients(move):
+        context = toy_step(one_stage=one_stage, bank=toy_bank())
+        torch.manual_seed(0)
+        loss = attach(make(), context)
+        loss, context = moved(loss, move), moved(context, move)
+        torch.manual_seed(0)
+        terms = loss(context)
+        torch.stack(list(terms.values())).sum().backward()
+        gradients = [None if x.grad is None else x.grad.cpu() for x in leaves(context)]
+        return {k: x.detach().cpu() for k, x in terms.items()}, gradients
+
+    expected, found = (terms_and_gradients(lambda x, d=d: x.detach().to(d)) for d in ("cpu", "cuda"))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
+    for a, b in zip(found[1], expected[1]):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@both
+def test_a_step_is_that_of_the_cpu(kind, tiny_cfg):
+    """The whole model: detection losses, the teacher's pass, GlobalKD's and DRKD's terms."""
+    # All proposals and all anchors count: which ones are drawn differs between devices.
+    cfg = tiny_cfg(kind, "MODEL.GLOBALKD.LOSSES", [*GLOBALKD, *DRKD])
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 4096
+    cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION = cfg.MODEL.RPN.POSITIVE_FRACTION = 1.0
+    register_datasets(cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    with EventStorage():
+        model(make_batch([4, 2]))  # prototypes, made once and of the CPU
+    expected, found = (
+        losses_of(copy.deepcopy(model).to(device), device) for device in ("cpu", "cuda")
+    )
+    assert set(found) == set(expected) and len(found) > 6
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
+
+
+def losses_of(model, device):
+    model.distiller.teacher.model.to(device)
+    with EventStorage(1):
+        losses = model(make_batch([3, 2], seed=1))
+    sum(losses.values()).backward()
+    assert all(x.grad.isfinite().all() for x in model.parameters() if x.grad is not None)
+    return {k: x.detach().cpu() for k, x in losses.items()}
+
+
+@both
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("refresh", ["pass", "harvest"])
+def test_training_resuming_and_evaluating(kind, amp, refresh, tiny_cfg):
+    cfg = tiny_cfg(
+        kind,
+        *("MODEL.GLOBALKD.LOSSES", [*GLOBALKD, *DRKD], "SOLVER.AMP.ENABLED", amp),
+        *("MODEL.GLOBALKD.PROTOTYPES.REFRESH", refresh, "SOLVER.MAX_ITER", 12),
+        *("MODEL.GLOBALKD.PROTOTYPES.REFRESH_EPOCHS", 0.5, "MODEL.DEVICE", "cuda"),
+    )
+    trainer = run(cfg)
+    assert next(trainer.model.parameters()).is_cuda
+    cfg.SOLVER.MAX_ITER = 16
+    trainer = run(cfg, resume=True)
+    assert trainer.start_iter == 12
+    records = read_metrics(cfg.OUTPUT_DIR)
+    assert "bbox/AP" in records[-1]
+    assert all(x == x for r in records for k, x in r.items() if "loss" in k), "a loss is NaN"
+    assert load_run(cfg.OUTPUT_DIR, distiller=True).distiller.bank.is_ready
+
+
+@both
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("side_stream", [False, True])
+def test_a_faster_teacher_gives_the_same_losses_roughly(kind, precision, side_stream, tiny_cfg):
+    found = []
+    for setting in ("fp32", precision):
+        cfg = tiny_cfg(kind, "MODEL.DEVICE", "cuda", "MODEL.GLOBALKD.TEACHER.PRECISION", setting)
+        cfg.MODEL.GLOBALKD.TEACHER.SIDE_STREAM = side_stream
+        register_datasets(cfg)
+        torch.manual_seed(0)
+        model = build_model(cfg).train()
+        with EventStorage():
+            torch.manual_seed(0)
+            losses = model(make_batch([4, 2]))
+        found.append({k: x.detach() for k, x in losses.items() if "kd" in k})
+    torch.testing.assert_close(found[0], found[1], rtol=0.1, atol=1e-3)
+
+
+def test_the_same_prototypes_are_chosen():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(500, d, generator=generator) for d in (24, 16))
+    expected, _ = select_atoms(teacher, student, 12, 10.0)
+    found, _ = select_atoms(teacher.cuda(), student.cuda(), 12, 10.0)
+    assert found.tolist() == expected.tolist()
