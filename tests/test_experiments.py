@@ -108,6 +108,43 @@ def test_a_teacher_and_a_start_may_have_starts_of_their_own(tmp_path):
         load_table(path, seeds=1)
 
 
+def test_overrides_of_a_table_come_before_those_of_its_trainings(tmp_path):
+    path = tmp_path / "overridden.yaml"
+    text = DEFINITION.replace(
+        "teacher: configs/t.yaml",
+        "opts: [SIZE, 8]\nteacher: {config: configs/t.yaml, opts: [DEPTH, 101]}",
+    )
+    text = text.replace(
+        "start: configs/s.yaml",
+        "start: {config: configs/s.yaml, opts: [WEIGHTS, ''], start: configs/small.yaml}",
+    )
+    path.write_text(text)
+    teacher, plain, ours = (row.runs[1] for row in load_table(path, seeds=1).rows)
+    assert ours.teacher == teacher == Run("configs/t.yaml", 1, ("SIZE", "8", "DEPTH", "101"))
+    assert plain.opts == ("SIZE", "8") and ours.opts == ("SIZE", "8", "KEY", "2")
+    assert (
+        plain.start
+        == ours.start
+        == Run(
+            "configs/s.yaml",
+            1,
+            ("SIZE", "8", "WEIGHTS", ""),
+            start=Run("configs/small.yaml", 1, ("SIZE", "8")),
+        )
+    )
+    path.write_text(DEFINITION)
+    without = {run.name for run in load_table(path, seeds=1).runs()}
+    assert not without & {run.name for run in ours.needs + [plain, ours]}
+
+
+def test_a_value_of_overrides_may_be_a_list(tmp_path):
+    path = tmp_path / "nested.yaml"
+    row = "opts: [SIZES, [[8], [16]], TEACHER.OPTS, [DEPTH, 101, WEIGHTS, '']]"
+    path.write_text(DEFINITION.replace("opts: [KEY, 2]", row))
+    ours = load_table(path, seeds=1).rows[2].runs[1]
+    assert ours.opts == ("SIZES", "[[8], [16]]", "TEACHER.OPTS", "['DEPTH', 101, 'WEIGHTS', '']")
+
+
 def test_a_runs_name_tells_every_difference():
     runs = [
         Run("configs/a/b.yaml", 1),

@@ -30,7 +30,7 @@ def test_the_background_term_still_sees_every_cell():
     loss = attach(FeatureKnowledge(background_weight=4.0), context)
     terms = loss(context)
     (grad,) = torch.autograd.grad(terms["loss_kd_background"], [context.student_maps["p3"]])
-    outside = loss._mask(context, context.levels[0]) == 0
+    outside = loss._masks(context)[0] == 0
     assert outside.any() and (grad.abs().sum(dim=1)[outside] > 0).all()
 
 

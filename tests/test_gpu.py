@@ -1,4 +1,4 @@
-"""What runs on a GPU, run on one: skipped elsewhere, where test_gpu_simulated.py looks at devices."""
+"""What runs on a GPU, run on one. Skipped elsewhere: see test_gpu_simulated.py."""
 
 import copy
 
@@ -30,12 +30,24 @@ def no_tf32():
     torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.fixture
+def same_draws(monkeypatch):
+    """Random numbers are drawn on the CPU, whichever device asks."""
+
+    def on_the_cpu(draw):
+        return lambda *args, device=None, **kwargs: draw(*args, **kwargs).to(device)
+
+    for name in ("rand", "randn", "randint"):
+        monkeypatch.setattr(torch, name, on_the_cpu(getattr(torch, name)))
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape).to(x))
+
+
 @pytest.mark.parametrize(
     ("name", "make", "one_stage"),
     CASES,
     ids=[f"{n}-{'retinanet' if one else 'rcnn'}" for n, _, one in CASES],
 )
-def test_a_loss_and_its_gradient_are_those_of_the_cpu(name, make, one_stage):
+def test_a_loss_and_its_gradient_are_those_of_the_cpu(name, make, one_stage, same_draws):
     def terms_and_gradients(move):
         context = toy_step(one_stage=one_stage, bank=toy_bank())
         torch.manual_seed(0)
@@ -47,7 +59,9 @@ def test_a_loss_and_its_gradient_are_those_of_the_cpu(name, make, one_stage):
         gradients = [None if x.grad is None else x.grad.cpu() for x in leaves(context)]
         return {k: x.detach().cpu() for k, x in terms.items()}, gradients
 
-    expected, found = (terms_and_gradients(lambda x, d=d: x.detach().to(d)) for d in ("cpu", "cuda"))
+    expected, found = (
+        terms_and_gradients(lambda x, d=d: x.detach().to(d)) for d in ("cpu", "cuda")
+    )
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
     for a, b in zip(found[1], expected[1]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -100,6 +114,43 @@ def test_training_resuming_and_evaluating(kind, amp, refresh, tiny_cfg):
     assert "bbox/AP" in records[-1]
     assert all(x == x for r in records for k, x in r.items() if "loss" in k), "a loss is NaN"
     assert load_run(cfg.OUTPUT_DIR, distiller=True).distiller.bank.is_ready
+
+
+@both
+@pytest.mark.parametrize("precision", ["student", "fp16"])
+@pytest.mark.parametrize("side_stream", [False, True])
+def test_graphs_give_the_maps_of_the_same_kernels(kind, precision, side_stream, tiny_cfg):
+    """Shapes that come in turn, and maps that must outlive the passes after theirs."""
+    found = []
+    for graphs in (False, True):
+        cfg = tiny_cfg(kind, "MODEL.DEVICE", "cuda", "MODEL.GLOBALKD.TEACHER.CUDA_GRAPHS", graphs)
+        cfg.MODEL.GLOBALKD.TEACHER.PRECISION = precision
+        cfg.MODEL.GLOBALKD.TEACHER.SIDE_STREAM = side_stream
+        register_datasets(cfg)
+        torch.manual_seed(0)
+        teacher = build_model(cfg).distiller.teacher
+        maps = []
+        for seed in range(12):
+            batch = make_batch([2] * (1 + seed % 2), size=64 + 32 * (seed % 3), seed=seed)
+            maps += teacher.begin(batch, "BGR")().values()
+        assert len(teacher._backbone._calls) == 1
+        found.append(maps)
+    recorded = next(iter(teacher._backbone._calls.values()))
+    assert len(recorded._graphs) == 6
+    for a, b in zip(*found):
+        assert a.is_contiguous() and b.is_contiguous()
+        torch.testing.assert_close(a, b)
+
+
+@both
+@pytest.mark.parametrize("graphs", [False, True])
+def test_training_with_mixed_precision_and_every_faster_teacher(kind, graphs, tiny_cfg):
+    cfg = tiny_cfg(kind, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 8)
+    cfg.MODEL.GLOBALKD.TEACHER.CUDA_GRAPHS = graphs
+    cfg.MODEL.GLOBALKD.TEACHER.SIDE_STREAM = True
+    run(cfg)
+    records = read_metrics(cfg.OUTPUT_DIR)
+    assert all(x == x for r in records for k, x in r.items() if "loss" in k), "a loss is NaN"
 
 
 @both

@@ -85,12 +85,22 @@ def instances(rows=9, level="p2", seed=1):
     return teacher, student, torch.arange(rows) % K
 
 
+def project(bank, level, teacher, student, classes=None):
+    """Coefficients on one level."""
+    return tuple(w[0] for w in bank.project({level: teacher}, {level: student}, classes))
+
+
+def reliability(bank, level, teacher, student, classes):
+    """(R,) omega on one level."""
+    return bank.reliability({level: teacher}, {level: student}, classes)[0]
+
+
 class TestProjection:
     def test_cosine_is_the_cosine_in_each_space(self):
         bank, prototypes = make_bank(), make_prototypes()
         for level in WIDTHS:
             teacher, student, _ = instances(level=level)
-            w_t, w_s = bank.project(level, teacher, student)
+            w_t, w_s = project(bank, level, teacher, student)
             for w, x, p in (
                 (w_t, teacher, prototypes.teacher[level]),
                 (w_s, student, prototypes.student[level]),
@@ -105,7 +115,7 @@ class TestProjection:
         prototypes = make_prototypes()
         for level in WIDTHS:
             teacher, student, _ = instances(level=level)
-            w_t, w_s = bank.project(level, teacher, student)
+            w_t, w_s = project(bank, level, teacher, student)
             for k, count in enumerate(FILLED[:2]):
                 vectors = [
                     teacher,
@@ -125,7 +135,7 @@ class TestProjection:
         teacher, student, _ = instances()
         empty = ~bank.valid("p2")
         assert empty.sum() == K * P - sum(FILLED)
-        for w in bank.project("p2", teacher, student):
+        for w in project(bank, "p2", teacher, student):
             assert w.shape == (9, K, P)
             assert (w[:, empty] == 0).all()
             assert (w[:, ~empty] != 0).all()
@@ -139,8 +149,8 @@ class TestProjection:
         bank = make_bank(filled=False, projection=projection)
         bank.update(prototypes)
         teacher, student, _ = instances()
-        expected = make_bank(projection=projection).project("p2", teacher, student)
-        for a, b in zip(expected, bank.project("p2", teacher, student)):
+        expected = project(make_bank(projection=projection), "p2", teacher, student)
+        for a, b in zip(expected, project(bank, "p2", teacher, student)):
             assert torch.equal(a, b)
 
     @every_projection
@@ -149,7 +159,7 @@ class TestProjection:
         teacher, student, _ = instances()
         teacher.requires_grad_()
         student.requires_grad_()
-        w_t, w_s = bank.project("p2", teacher, student)
+        w_t, w_s = project(bank, "p2", teacher, student)
         assert not w_t.requires_grad
         (w_s - w_t).square().sum().backward()
         assert teacher.grad is None
@@ -160,15 +170,15 @@ class TestProjection:
     def test_equal_features_in_equal_spaces_have_equal_coefficients(self, projection):
         bank = same_space_bank(projection=projection)
         x = torch.randn(8, 6)
-        w_t, w_s = bank.project("p2", x, x)
+        w_t, w_s = project(bank, "p2", x, x)
         assert torch.allclose(w_t, w_s, atol=1e-6)
 
     @every_projection
     def test_scale_of_a_feature_does_not_matter_if_normalised(self, projection):
         bank = make_bank(projection=projection)
         teacher, student, _ = instances()
-        before = bank.project("p2", teacher, student)
-        after = bank.project("p2", 100 * teacher, 0.01 * student)
+        before = project(bank, "p2", teacher, student)
+        after = project(bank, "p2", 100 * teacher, 0.01 * student)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, after))
 
     @every_projection
@@ -176,17 +186,17 @@ class TestProjection:
         bank = make_bank(projection=projection)
         teacher, student, classes = instances(rows=0)
         student.requires_grad_()
-        w_t, w_s = bank.project("p2", teacher, student)
+        w_t, w_s = project(bank, "p2", teacher, student)
         assert w_t.shape == w_s.shape == (0, K, P)
-        assert bank.project("p2", teacher, student, classes)[1].shape == (0, P)
+        assert project(bank, "p2", teacher, student, classes)[1].shape == (0, P)
         w_s.sum().backward()
-        assert bank.reliability("p2", teacher, student, classes).shape == (0,)
+        assert reliability(bank, "p2", teacher, student, classes).shape == (0,)
 
     @every_projection
     def test_zero_feature_gives_zero_without_nan(self, projection):
         bank = make_bank(projection=projection)
         teacher, student = torch.zeros(2, 7), torch.zeros(2, 5, requires_grad=True)
-        w_t, w_s = bank.project("p2", teacher, student)
+        w_t, w_s = project(bank, "p2", teacher, student)
         assert (w_t == 0).all() and (w_s == 0).all()
         w_s.sum().backward()
         assert student.grad.isfinite().all()
@@ -195,11 +205,11 @@ class TestProjection:
     def test_autocast_does_not_change_the_result(self, projection):
         bank = make_bank(projection=projection)
         teacher, student, classes = instances()
-        expected = bank.project("p2", teacher, student)
-        weight = bank.reliability("p2", teacher, student, classes)
+        expected = project(bank, "p2", teacher, student)
+        weight = reliability(bank, "p2", teacher, student, classes)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            result = bank.project("p2", teacher, student)
-            assert torch.equal(bank.reliability("p2", teacher, student, classes), weight)
+            result = project(bank, "p2", teacher, student)
+            assert torch.equal(reliability(bank, "p2", teacher, student, classes), weight)
         for a, b in zip(expected, result):
             assert b.dtype == torch.float32
             assert torch.equal(a, b)
@@ -209,10 +219,10 @@ class TestProjection:
         bank = make_bank(projection=projection)
         teacher, student, classes = instances()
         teacher, student = teacher.bfloat16(), student.bfloat16()
-        w_t, w_s = bank.project("p2", teacher, student)
-        expected = bank.project("p2", teacher.float(), student.float())
+        w_t, w_s = project(bank, "p2", teacher, student)
+        expected = project(bank, "p2", teacher.float(), student.float())
         assert torch.equal(w_t, expected[0]) and torch.equal(w_s, expected[1])
-        weight = bank.reliability("p2", teacher, student, classes)
+        weight = reliability(bank, "p2", teacher, student, classes)
         assert weight.dtype == torch.float32
 
     @every_projection
@@ -221,8 +231,8 @@ class TestProjection:
         teacher, student, classes = instances()
         student.requires_grad_()
         rows = torch.arange(len(classes))
-        own = bank.project("p2", teacher, student, classes)
-        expected = [w[rows, classes] for w in bank.project("p2", teacher, student)]
+        own = project(bank, "p2", teacher, student, classes)
+        expected = [w[rows, classes] for w in project(bank, "p2", teacher, student)]
         for a, b in zip(own, expected):
             assert a.shape == (len(classes), P)
             torch.testing.assert_close(a, b)
@@ -237,7 +247,7 @@ class TestReliability:
         bank = make_bank(reliability=kind, projection=projection)
         for seed in range(5):
             teacher, student, classes = instances(rows=60, seed=seed)
-            weight = bank.reliability("p2", 5 * teacher, student.requires_grad_(), classes)
+            weight = reliability(bank, "p2", 5 * teacher, student.requires_grad_(), classes)
             assert weight.shape == (60,)
             assert not weight.requires_grad
             assert ((weight >= 0) & (weight <= 1)).all()
@@ -246,20 +256,20 @@ class TestReliability:
     def test_one_without_prototypes_of_the_class(self, kind):
         bank = make_bank(reliability=kind)
         teacher, student, _ = instances()
-        weight = bank.reliability("p2", teacher, student, torch.full((9,), 2))
+        weight = reliability(bank, "p2", teacher, student, torch.full((9,), 2))
         assert (weight == 1).all()
 
     @every_reliability
     def test_one_with_an_empty_bank(self, kind):
         bank = make_bank(filled=False, reliability=kind)
-        assert (bank.reliability("p2", *instances()) == 1).all()
+        assert (reliability(bank, "p2", *instances()) == 1).all()
 
     @every_projection
     @every_reliability
     def test_one_where_both_spaces_agree(self, kind, projection):
         bank = same_space_bank(reliability=kind, projection=projection)
         x = torch.randn(12, 6)
-        weight = bank.reliability("p2", x, x, torch.arange(12) % K)
+        weight = reliability(bank, "p2", x, x, torch.arange(12) % K)
         assert torch.allclose(weight, torch.ones(12), atol=1e-5)
 
     @pytest.mark.parametrize("kind", ["max_cosine", "coefficients"])
@@ -269,13 +279,13 @@ class TestReliability:
         apart = -bank.levels["p2"].teacher_prototypes[1, :2].sum(dim=0)
         teacher = torch.stack([prototype, prototype])
         student = torch.stack([prototype, apart])
-        near, far = bank.reliability("p2", teacher, student, torch.tensor([1, 1]))
+        near, far = reliability(bank, "p2", teacher, student, torch.tensor([1, 1]))
         assert far < near - 0.2
 
     def test_max_cosine_is_equation_8(self):
         bank, prototypes = make_bank(), make_prototypes()
         teacher, student, classes = instances()
-        weight = bank.reliability("p2", teacher, student, classes)
+        weight = reliability(bank, "p2", teacher, student, classes)
         for i, k in enumerate(classes.tolist()):
             if FILLED[k] == 0:
                 continue
@@ -295,7 +305,7 @@ class TestReliability:
         y = own.sum(dim=0, keepdim=True)
         cosines = F.cosine_similarity(x, own, dim=-1)
         assert (cosines < 0).all()
-        weight = bank.reliability("p2", x, y, torch.tensor([1]))
+        weight = reliability(bank, "p2", x, y, torch.tensor([1]))
         expected = 1 - (F.cosine_similarity(y, own, dim=-1).max() - cosines.max()).abs()
         assert torch.allclose(weight, expected.clamp(0, 1), atol=1e-6)
 
@@ -306,9 +316,9 @@ class TestReliability:
         bank = make_bank(projection=projection, **settings)
         pursuit = make_bank(projection="pursuit", **settings)
         teacher, student, classes = instances()
-        w_t, w_s = pursuit.project("p2", teacher, student, classes)
+        w_t, w_s = project(pursuit, "p2", teacher, student, classes)
         expected = torch.exp(-(1 + 2 * lam) * (w_t - w_s).norm(dim=1))
-        assert torch.allclose(bank.reliability("p2", teacher, student, classes), expected)
+        assert torch.allclose(reliability(bank, "p2", teacher, student, classes), expected)
 
     def test_coefficients_hardly_depend_on_lambda_for_one_unit_prototype(self):
         """Eq. (5) shrinks the difference by 1 + 2 lambda; the weight undoes it."""
@@ -319,7 +329,7 @@ class TestReliability:
             level = bank.levels["p2"]
             level.valid[:, 1:] = False
             level.prepare()
-            weights.append(bank.reliability("p2", teacher, student, classes))
+            weights.append(reliability(bank, "p2", teacher, student, classes))
         assert torch.allclose(weights[0], weights[1], atol=1e-5)
         assert torch.allclose(weights[0], weights[2], atol=1e-5)
 
@@ -342,7 +352,7 @@ class TestState:
         other.load_state_dict(bank.state_dict())
         assert other.is_ready is True
         for a, b in zip(
-            bank.project("p2", *instances()[:2]), other.project("p2", *instances()[:2])
+            project(bank, "p2", *instances()[:2]), project(other, "p2", *instances()[:2])
         ):
             assert torch.equal(a, b)
 
@@ -367,8 +377,8 @@ class TestState:
         fresh = make_bank(filled=False)
         fresh.update(make_prototypes(seed=9))
         for a, b in zip(
-            bank.project("p3", *instances(level="p3")[:2]),
-            fresh.project("p3", *instances(level="p3")[:2]),
+            project(bank, "p3", *instances(level="p3")[:2]),
+            project(fresh, "p3", *instances(level="p3")[:2]),
         ):
             assert torch.equal(a, b)
 
@@ -383,18 +393,18 @@ class TestState:
     def test_copy_is_independent(self, projection):
         bank = make_bank(projection=projection)
         teacher, student, _ = instances()
-        before = bank.project("p2", teacher, student)
+        before = project(bank, "p2", teacher, student)
         copy.deepcopy(bank).update(make_prototypes(seed=9))
-        assert all(torch.equal(a, b) for a, b in zip(before, bank.project("p2", teacher, student)))
+        assert all(torch.equal(a, b) for a, b in zip(before, project(bank, "p2", teacher, student)))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
     @every_projection
     def test_a_converted_model_still_projects_in_float32(self, projection, dtype):
         bank = make_bank(projection=projection).to(dtype)
         teacher, student, classes = instances()
-        w_t, w_s = bank.project("p2", teacher.to(dtype), student.to(dtype))
+        w_t, w_s = project(bank, "p2", teacher.to(dtype), student.to(dtype))
         assert w_t.dtype == w_s.dtype == torch.float32
-        assert bank.reliability("p2", teacher, student, classes).dtype == torch.float32
+        assert reliability(bank, "p2", teacher, student, classes).dtype == torch.float32
 
     def test_broadcast_in_one_process_changes_nothing(self):
         bank = make_bank()
@@ -411,14 +421,14 @@ class TestState:
     def test_on_a_gpu_as_on_the_cpu(self, projection):
         bank = make_bank(projection=projection)
         teacher, student, classes = instances()
-        expected = bank.project("p2", teacher, student)
+        expected = project(bank, "p2", teacher, student)
         moved = make_bank(filled=False, projection=projection).cuda()
         moved.update(make_prototypes())
         on_gpu = teacher.cuda(), student.cuda()
-        for a, b in zip(expected, moved.project("p2", *on_gpu)):
+        for a, b in zip(expected, project(moved, "p2", *on_gpu)):
             assert torch.allclose(a, b.cpu(), atol=1e-5)
-        weight = moved.reliability("p2", *on_gpu, classes.cuda())
-        assert torch.allclose(weight.cpu(), bank.reliability("p2", teacher, student, classes))
+        weight = reliability(moved, "p2", *on_gpu, classes.cuda())
+        assert torch.allclose(weight.cpu(), reliability(bank, "p2", teacher, student, classes))
 
 
 def _check_broadcast(rank):
@@ -428,7 +438,9 @@ def _check_broadcast(rank):
     assert bank.is_ready is True
     assert torch.equal(bank.valid("p3"), expected.valid("p3"))
     teacher, student, _ = instances(level="p3")
-    for a, b in zip(bank.project("p3", teacher, student), expected.project("p3", teacher, student)):
+    for a, b in zip(
+        project(bank, "p3", teacher, student), project(expected, "p3", teacher, student)
+    ):
         assert torch.equal(a, b)
 
 
@@ -449,7 +461,7 @@ class TestFile:
         for level in WIDTHS:
             teacher, student, _ = instances(level=level)
             for a, b in zip(
-                expected.project(level, teacher, student), bank.project(level, teacher, student)
+                project(expected, level, teacher, student), project(bank, level, teacher, student)
             ):
                 assert torch.equal(a, b)
 

@@ -97,6 +97,15 @@ def test_a_failure_is_named_with_what_needed_it_and_the_rest_is_run(runner, caps
     assert "bccd-gkd_R34_R18" in said and "what it needs has failed" in said
 
 
+def test_data_in_the_repository_are_named_relative_to_it(runner, tmp_path, monkeypatch):
+    """So that commands hold in another clone; a folder elsewhere has its whole path."""
+    named = set()
+    monkeypatch.setitem(reproduce.DATA, "bccd", lambda folder: named.add(str(folder)) or [])
+    runner("one")
+    runner("one", args=["--data", str(ROOT / "my/bccd")])
+    assert named == {str(tmp_path / "data"), "my/bccd"}
+
+
 def test_weights_that_a_missing_run_needs_are_made_again(runner):
     """A result file without its weights is a finished row, but no teacher."""
     runner("one")

@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -22,6 +23,7 @@ from globalkd.losses import ResponseKnowledge
 from globalkd.teacher import Teacher
 from globalkd.teacher.building import build_teacher, fold_norms, teacher_config
 from globalkd.teacher.cutting import cut_backbone
+from globalkd.teacher.pooling import pool, pools_without_waiting
 
 QUICK = str(ROOT / "configs/quick/Base-digits-rcnn.yaml")
 SMALL = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.DEVICE", "cpu"]
@@ -168,6 +170,12 @@ def test_channel_order_follows_the_teacher(rcnn):
     assert all(torch.equal(as_bgr[k], as_rgb[k]) for k in as_bgr)
 
 
+def box_logits(teacher, features, boxes, sizes):
+    """Logits of lists of boxes, one for each image."""
+    image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
+    return teacher.box_logits(features, torch.cat(boxes), image, sizes)
+
+
 def _inference_scores(model, batch, boxes):
     """What the detector itself predicts for given boxes, by its own inference path."""
     images = model.preprocess_image(batch)
@@ -184,9 +192,33 @@ def test_box_logits_are_the_detectors_own(rcnn):
     batch = make_batch([3, 2])
     boxes = [x["instances"].gt_boxes.tensor for x in batch]
     sizes = [x["image"].shape[-2:] for x in batch]
-    logits = rcnn.box_logits(rcnn.features(batch, "BGR"), boxes, sizes)
+    logits = box_logits(rcnn, rcnn.features(batch, "BGR"), boxes, sizes)
     with torch.no_grad():
         torch.testing.assert_close(logits.softmax(1), _inference_scores(rcnn.model, batch, boxes))
+
+
+@pytest.mark.parametrize("kind", ["ROIAlignV2", "ROIAlign"])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_pooling_without_waiting_is_the_poolers(kind, sampling_ratio):
+    torch.manual_seed(0)
+    pooler = ROIPooler(
+        3,
+        scales=[1 / 4, 1 / 8, 1 / 16],
+        sampling_ratio=sampling_ratio,
+        pooler_type=kind,
+        canonical_box_size=32,
+        canonical_level=3,
+    )
+    assert pools_without_waiting(pooler)
+    maps = [torch.randn(2, 5, n, n) for n in (16, 8, 4)]
+    sides = torch.tensor([[4.0, 4], [20, 30], [60, 60], [9, 50]])
+    boxes = [torch.cat([b, b + sides], dim=1) for b in torch.rand(2, 4, 2) * 10]
+    rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
+    expected = pooler(maps, [Boxes(b) for b in boxes])
+    torch.testing.assert_close(pool(pooler, maps, rois), expected)
+    assert pool(pooler, maps, rois[:0]).shape == (0, 5, 3, 3)
+    with_pooling = ROIPooler(3, scales=[1 / 4], sampling_ratio=0, pooler_type="ROIPool")
+    assert not pools_without_waiting(with_pooling)
 
 
 def test_cascade_logits_are_the_mean_of_the_stages(monkeypatch):
@@ -201,7 +233,7 @@ def test_cascade_logits_are_the_mean_of_the_stages(monkeypatch):
     batch = make_batch([3, 2])
     boxes = [x["instances"].gt_boxes.tensor for x in batch]
     features = cascade.features(batch, "BGR")
-    logits = cascade.box_logits(features, boxes, [(64, 64)] * 2)
+    logits = box_logits(cascade, features, boxes, [(64, 64)] * 2)
     seen = {}
     from detectron2.modeling.roi_heads import cascade_rcnn
 
@@ -218,7 +250,7 @@ def test_cascade_logits_are_the_mean_of_the_stages(monkeypatch):
 
 def test_no_boxes_give_no_logits(rcnn):
     batch = make_batch([0, 0])
-    logits = rcnn.box_logits(rcnn.features(batch, "BGR"), [torch.zeros(0, 4)] * 2, [(64, 64)] * 2)
+    logits = box_logits(rcnn, rcnn.features(batch, "BGR"), [torch.zeros(0, 4)] * 2, [(64, 64)] * 2)
     assert logits.shape == (0, 11)
 
 
@@ -340,10 +372,10 @@ def test_a_precision_of_its_own_returns_float32_near_the_exact_maps(precision, r
     for name, x in exact.items():
         assert found[name].dtype == torch.float32 and not torch.equal(found[name], x)
         assert (found[name] - x).norm() < 0.05 * x.norm(), name
-    logits = fast.box_logits(found, boxes, [(64, 64)] * 2)
+    logits = box_logits(fast, found, boxes, [(64, 64)] * 2)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(
-        logits, rcnn.box_logits(exact, boxes, [(64, 64)] * 2), rtol=0, atol=0.1
+        logits, box_logits(rcnn, exact, boxes, [(64, 64)] * 2), rtol=0, atol=0.1
     )
 
 
@@ -381,8 +413,8 @@ def test_a_rescaled_input_gives_what_the_teacher_says_of_smaller_images(rcnn):
     for name, x in expected.items():
         torch.testing.assert_close(maps[name], x)
     torch.testing.assert_close(
-        half.box_logits(maps, boxes, [(64, 64)] * 2),
-        rcnn.box_logits(expected, [b / 2 for b in boxes], [(32, 32)] * 2),
+        box_logits(half, maps, boxes, [(64, 64)] * 2),
+        box_logits(rcnn, expected, [b / 2 for b in boxes], [(32, 32)] * 2),
     )
 
 

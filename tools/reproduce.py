@@ -158,7 +158,7 @@ def main():
     args = parser.parse_args()
     args.output = relative_to_root(args.output)
     args.results = args.results.resolve() if args.results else args.output / "results"
-    args.data = args.data and args.data.resolve()
+    args.data = args.data and relative_to_root(args.data)
     os.chdir(ROOT)  # where train_net.py and its relative paths are seen from
     tables = [load_table(TABLES / f"{name}.yaml", args.seeds) for name in args.tables]
     kinds = sorted({table.data for table in tables})

@@ -115,6 +115,10 @@ def _add_teacher_keys(node: CN) -> None:
     # Factor on the sides of the images that the teacher sees in training. Below 1 it is faster; its
     # maps are then brought to the student's grid. Losses that compare anchors need 1.
     node.TEACHER.INPUT_SCALE = 1.0
+    # True records the kernels of the teacher's backbone once for each shape of input and replays
+    # them: a GPU that waits for the host to launch them no longer does. The same maps; on a CPU
+    # nothing changes. It takes the memory of one pass, and part of a second for each new shape.
+    node.TEACHER.CUDA_GRAPHS = False
     # True runs the teacher's backbone on a CUDA stream of its own, beside the student's forward.
     # The same maps; on a CPU nothing changes. It has not been timed on a GPU yet: compare with
     # benchmarks/step_time.py before you rely on it.

@@ -42,11 +42,9 @@ class ProposalCandidates(Candidates):
         boxes, image = self.boxes, self.image_index
         if rows is not None:
             boxes, image = boxes[rows], image[rows]
-        sizes = context.image_sizes
-        images = torch.arange(len(sizes), device=image.device)
-        counts = (image == images[:, None]).sum(dim=1).tolist()  # bincount would wait twice
-        boxes = list(boxes.split(counts))
-        return context.teacher.box_logits(context.teacher_features, boxes, sizes)
+        return context.teacher.box_logits(
+            context.teacher_features, boxes, image, context.image_sizes
+        )
 
 
 @dataclass
@@ -57,7 +55,7 @@ class AnchorCandidates(Candidates):
 
     def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
         apart = rows is not None and not context.dense_read
-        if apart and context.teacher.scores_single_anchors:
+        if apart and context.teacher.scores_classes_alone:
             return context.teacher.anchor_logits(context.teacher_features, rows, len(self.logits))
         logits = context.teacher_dense.flat_logits.flatten(0, 1)
         return logits if rows is None else logits[rows]

@@ -1,12 +1,13 @@
 """Convolutions evaluated at a few cells of a map, at the cost of those cells.
 
 For what is read at few places only: adapters inside boxes, a teacher's class scores of positive
-anchors. On a CPU; on a GPU the choice of cells would make the host wait for the device.
+anchors. On a CPU; on a GPU the choice of cells would make the host wait for the device, and
+`class_logits` computes all of them.
 
 Shapes: N images, H x W cells, D channels, M chosen cells, A anchors of a cell, K classes.
 """
 
-from typing import Sequence
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +43,23 @@ def convolve_cells(conv: nn.Conv2d, features: Tensor, cells: Tensor) -> Tensor:
 
 
 def has_local_classes(head: nn.Module) -> bool:
-    """Whether `anchor_logits` can evaluate a head: RetinaNet's, without norms in its tower."""
+    """Whether `single_logits` can evaluate a head: RetinaNet's, without norms in its tower."""
     return isinstance(head, RetinaNetHead) and all(
         isinstance(layer, (nn.Conv2d, nn.ReLU)) for layer in head.cls_subnet
     )
 
 
-def anchor_logits(
+def class_logits(
+    head: RetinaNetHead, maps: Sequence[Tensor], rows: Tensor, num_rows: int
+) -> Tensor:
+    """As `single_logits`, of any RetinaNet head: from the logits of all anchors."""
+    num_anchors, _ = _count_anchors(head, maps, num_rows)
+    scores = [head.cls_score(head.cls_subnet(x)).unflatten(1, (num_anchors, -1)) for x in maps]
+    scores = [x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in scores]
+    return torch.cat(scores, dim=1).flatten(0, 1)[rows]
+
+
+def single_logits(
     head: RetinaNetHead, maps: Sequence[Tensor], rows: Tensor, num_rows: int
 ) -> Tensor:
     """Class logits of some anchors; the box predictions are not computed.
@@ -62,12 +73,7 @@ def anchor_logits(
     Returns:
         (M, K), equal to what the head gives up to rounding.
     """
-    num_anchors = head.bbox_pred.out_channels // 4
-    counts = [x.shape[-2] * x.shape[-1] * num_anchors for x in maps]
-    assert len(maps[0]) * sum(counts) == num_rows, (
-        f"{len(maps[0]) * sum(counts)} anchors on the maps, {num_rows} expected: the detectors pad "
-        "their inputs to different sizes"
-    )
+    _, counts = _count_anchors(head, maps, num_rows)
     wanted = torch.zeros(num_rows, dtype=torch.bool, device=rows.device)
     wanted[rows] = True
     wanted = wanted.view(len(maps[0]), -1).split(counts, dim=1)
@@ -77,6 +83,19 @@ def anchor_logits(
     ]
     scores = [x.reshape(len(x), n, -1) for x, n in zip(logits, counts)]
     return torch.cat(scores, dim=1).flatten(0, 1)[rows]
+
+
+def _count_anchors(
+    head: RetinaNetHead, maps: Sequence[Tensor], num_rows: int
+) -> Tuple[int, List[int]]:
+    """Anchors of a cell, and of one image's maps; `num_rows` must be their sum over the images."""
+    num_anchors = head.bbox_pred.out_channels // 4
+    counts = [x.shape[-2] * x.shape[-1] * num_anchors for x in maps]
+    assert len(maps[0]) * sum(counts) == num_rows, (
+        f"{len(maps[0]) * sum(counts)} anchors on the maps, {num_rows} expected: the detectors pad "
+        "their inputs to different sizes"
+    )
+    return num_anchors, counts
 
 
 def _class_maps(head: RetinaNetHead, features: Tensor, mask: Tensor) -> Tensor:

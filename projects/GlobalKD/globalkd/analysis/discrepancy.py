@@ -94,12 +94,11 @@ def instance_discrepancy(model: nn.Module, features: PairedFeatures) -> Dict[str
     for level in features.levels:
         with torch.no_grad():
             w_t, w_s = bank.project(
-                level,
-                features.teacher[level].to(device),
-                features.student[level].to(device),
+                {level: features.teacher[level].to(device)},
+                {level: features.student[level].to(device)},
                 classes,
             )
-        distance = torch.linalg.vector_norm(w_t - w_s, dim=1)
+        distance = torch.linalg.vector_norm(w_t - w_s, dim=-1).squeeze(0)
         result[level] = distance.cpu().numpy()
     return result
 

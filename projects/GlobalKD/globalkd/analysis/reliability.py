@@ -128,11 +128,11 @@ def level_reliability(model: nn.Module, features: PairedFeatures) -> Dict[str, n
     bank = model.distiller.bank
     return {
         level: bank.reliability(
-            level,
-            features.teacher[level].to(device),
-            features.student[level].to(device),
+            {level: features.teacher[level].to(device)},
+            {level: features.student[level].to(device)},
             features.classes.to(device),
         )
+        .squeeze(0)
         .cpu()
         .numpy()
         for level in features.levels

@@ -2,8 +2,9 @@
 
 Tables are YAML files in `results/tables/`. All students of a table share one teacher and one start,
 as students of ImageNet weights do: rows differ by what they say alone, seeds by the order of the
-data and by what is drawn. `teacher` and `start` are configurations, or `{config: ..., start: ...}`
-where they begin with another training's weights. The same run of two tables is run once.
+data and by what is drawn. `teacher` and `start` are configurations, or `{config: ..., opts: ...,
+start: ...}` where they have overrides or begin with another training's weights. A table's own
+`opts` come before those of each of its trainings. The same run of two tables is run once.
 """
 
 import hashlib
@@ -16,10 +17,11 @@ import yaml
 from detectron2.config import CfgNode
 
 TABLE_KEYS = {
-    *("title", "note", "data", "results", "teacher", "start"),
+    *("title", "note", "data", "results", "teacher", "start", "opts"),
     *("baseline", "metric", "paper", "rows"),
 }
 ROW_KEYS = {"name", "config", "opts", "teacher", "start", "paper"}
+NEEDED_KEYS = {"config", "opts", "start"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Run:
     Attributes:
         config: path of its configuration, relative to the repository.
         seed: SEED.
-        opts: further KEY VALUE pairs.
+        opts: further KEY VALUE pairs, the table's first.
         teacher, start: trainings whose final weights it needs.
     """
 
@@ -153,39 +155,39 @@ def load_table(path: Path, seeds: int) -> Table:
             f"{path}: the rows' names must differ and 'baseline' be one of them; names are {names},"
             f" baseline is {content['baseline']!r}."
         )
-    texts = {k: v for k, v in content.items() if k not in ("rows", "teacher", "start")}
+    texts = {k: v for k, v in content.items() if k not in ("rows", "teacher", "start", "opts")}
     return Table(rows=rows, name=path.stem, **texts)
 
 
 def _read_row(path: Path, table: dict, row: dict, seeds: int) -> Row:
     _check_keys(path, f"row {row.get('name')!r}: ", row, ROW_KEYS, {"name", "config"})
     teacher, start = (
-        _read_needed(path, row.get(key, table.get(key))) for key in ("teacher", "start")
+        _read_needed(path, table, row.get(key, table.get(key))) for key in ("teacher", "start")
     )
     if teacher and row["config"] == teacher.config:  # the teacher's own row
         runs = {1: teacher}
     else:
+        opts = _read_opts(table, row)
         runs = {
-            seed: Run(
-                row["config"],
-                seed,
-                tuple(str(opt) for opt in row.get("opts", ())),
-                teacher,
-                start,
-            )
-            for seed in range(1, seeds + 1)
+            seed: Run(row["config"], seed, opts, teacher, start) for seed in range(1, seeds + 1)
         }
     return Row(row["name"], runs, row.get("paper"))
 
 
-def _read_needed(path: Path, entry: Any) -> Optional[Run]:
-    """A teacher or a start: a configuration, or one with a start of its own; False for none."""
+def _read_needed(path: Path, table: dict, entry: Any) -> Optional[Run]:
+    """A teacher or a start: a configuration, or one with overrides or a start; False for none."""
     if not entry:
         return None
     if isinstance(entry, str):
-        return Run(entry, seed=1)
-    _check_keys(path, f"{entry}: ", entry, {"config", "start"}, {"config"})
-    return Run(entry["config"], seed=1, start=_read_needed(path, entry.get("start")))
+        entry = {"config": entry}
+    _check_keys(path, f"{entry}: ", entry, NEEDED_KEYS, {"config"})
+    start = _read_needed(path, table, entry.get("start"))
+    return Run(entry["config"], 1, _read_opts(table, entry), start=start)
+
+
+def _read_opts(table: dict, entry: dict) -> Tuple[str, ...]:
+    """KEY VALUE pairs of one training: the table's, then its own, which prevail."""
+    return tuple(str(opt) for opt in (*table.get("opts", ()), *entry.get("opts", ())))
 
 
 def _check_keys(path: Path, where: str, found: dict, known: set, needed: set) -> None:

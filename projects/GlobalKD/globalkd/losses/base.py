@@ -156,15 +156,11 @@ class DistillContext:
         if self.bank is None:
             ones = self.instances.boxes.new_ones(len(self.instances))
             return {p.student: ones for p in self.levels}
-        return {
-            p.student: self.bank.reliability(
-                p.student,
-                self.teacher_instance_features[p.student],
-                self.student_instance_features[p.student].detach(),
-                self.instances.classes,
-            )
-            for p in self.levels
-        }
+        student = {n: x.detach() for n, x in self.student_instance_features.items()}
+        weight = self.bank.reliability(
+            self.teacher_instance_features, student, self.instances.classes
+        )
+        return dict(zip(student, weight.unbind()))
 
     @property
     def on_ground_truth(self) -> "DistillContext":

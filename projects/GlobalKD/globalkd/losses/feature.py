@@ -1,6 +1,6 @@
 """Local feature knowledge, Eq. (7) of GlobalKD: the teacher's maps, weighted inside boxes."""
 
-from typing import Dict, Sequence
+from typing import Dict, List, Sequence
 
 import torch
 from detectron2.config import configurable
@@ -34,21 +34,44 @@ def box_mask(
     Returns:
         (N, H, W) float, without gradient; 0 outside every box.
     """
-    mask = weight.new_zeros(tuple(size))
-    boxes = rows.boxes / stride
-    x = torch.arange(size[2], device=boxes.device)
-    y = torch.arange(size[1], device=boxes.device)
-    in_x = ((x < boxes[:, 2:3]) & (x + 1 > boxes[:, 0:1])).to(weight)  # (R, W)
-    in_y = ((y < boxes[:, 3:4]) & (y + 1 > boxes[:, 1:2])).to(weight)  # (R, H)
-    if share:
-        weight = weight / (in_x.sum(dim=1) * in_y.sum(dim=1)).clamp_min(1)
-    along_y = in_y * weight[:, None]
-    chunk = max(1, CELLS_PER_CHUNK // (size[1] * size[2]))
-    for part in torch.arange(len(rows), device=boxes.device).split(chunk):
-        painted = along_y[part, :, None] * in_x[part, None, :]
-        image = rows.image_index[part][:, None, None].expand_as(painted)
-        mask.scatter_reduce_(0, image, painted, "amax")
-    return mask
+    return box_masks(rows, [weight], sizes=[size], strides=[stride], share=share)[0]
+
+
+def box_masks(
+    rows: InstanceRows,
+    weights: Sequence[Tensor],
+    *,
+    sizes: Sequence[Sequence[int]],
+    strides: Sequence[int],
+    share: bool = False,
+) -> List[Tensor]:
+    """`box_mask` on several levels, each with its weights, size and stride."""
+    in_y, in_x = (_cells_inside(rows.boxes, sizes, strides, axis) for axis in (1, 0))
+    masks = []
+    for size, weight, by_y, by_x in zip(sizes, weights, in_y, in_x):
+        if share:
+            weight = weight / (by_x.sum(dim=1) * by_y.sum(dim=1)).clamp_min(1)
+        along_y = by_y * weight[:, None]
+        mask = weight.new_zeros(tuple(size))
+        chunk = max(1, CELLS_PER_CHUNK // (size[1] * size[2]))
+        for parts in zip(along_y.split(chunk), by_x.split(chunk), rows.image_index.split(chunk)):
+            y, x, image = parts
+            painted = y[:, :, None] * x[:, None, :]
+            mask.scatter_reduce_(0, image[:, None, None].expand_as(painted), painted, "amax")
+        masks.append(mask)
+    return masks
+
+
+def _cells_inside(
+    boxes: Tensor, sizes: Sequence[Sequence[int]], strides: Sequence[int], axis: int
+) -> Sequence[Tensor]:
+    """1 where a box touches a cell: along x (axis 0) (R, W) of each level, along y (1) (R, H)."""
+    counts = [size[2 - axis] for size in sizes]
+    cells = [torch.arange(n) * stride for n, stride in zip(counts, strides)]
+    edges = torch.stack([torch.cat(cells), torch.cat([x + s for x, s in zip(cells, strides)])])
+    start, stop = edges.to(boxes, non_blocking=True)
+    inside = (start < boxes[:, axis + 2, None]) & (stop > boxes[:, axis, None])
+    return inside.to(boxes.dtype).split(counts, dim=1)
 
 
 def weighted_feature_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
@@ -132,7 +155,7 @@ class FeatureKnowledge(DistillLoss):
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         names = [pair.student for pair in context.levels]
-        masks = [self._mask(context, pair) for pair in context.levels]
+        masks = self._masks(context)
         errors = self._dense if self._whole_maps(context) else self._inside
         terms = [errors(context, name, mask) for name, mask in zip(names, masks)]
         return {name: torch.stack([x[name] for x in terms]).mean() for name in self.weights}
@@ -147,9 +170,13 @@ class FeatureKnowledge(DistillLoss):
 
     def _dense(self, context: DistillContext, name: str, mask: Tensor) -> Dict[str, Tensor]:
         student = self.adapters[name](context.student_maps[name])
-        masks = {"loss_kd_feature": mask, "loss_kd_background": (mask == 0).float()}
         teacher = context.teacher_maps[name]
-        return {k: weighted_feature_loss(student, teacher, masks[k]) for k in self.weights}
+        return {
+            k: weighted_feature_loss(
+                student, teacher, mask if k == "loss_kd_feature" else (mask == 0).float()
+            )
+            for k in self.weights
+        }
 
     def _inside(self, context: DistillContext, name: str, mask: Tensor) -> Dict[str, Tensor]:
         """The term inside boxes from their cells alone."""
@@ -162,13 +189,14 @@ class FeatureKnowledge(DistillLoss):
         teacher = context.teacher_maps[name].permute(0, 2, 3, 1)[image, y, x]
         return {"loss_kd_feature": weighted_feature_loss(student, teacher, mask[image, y, x])}
 
-    def _mask(self, context: DistillContext, pair: LevelPair) -> Tensor:
-        rows, teacher = context.instances, context.teacher_maps[pair.student]
-        weight = self.instance_weight(context, pair.student)
-        return box_mask(
-            rows,
-            weight.float().clamp_min(1e-6),  # 0 would turn an instance's cells into background
-            size=(teacher.shape[0], *teacher.shape[-2:]),
-            stride=pair.stride,
+    def _masks(self, context: DistillContext) -> List[Tensor]:
+        maps = context.teacher_maps.values()
+        weights = [self.instance_weight(context, pair.student) for pair in context.levels]
+        return box_masks(
+            context.instances,
+            # 0 would turn an instance's cells into background.
+            [weight.float().clamp_min(1e-6) for weight in weights],
+            sizes=[(len(x), *x.shape[-2:]) for x in maps],
+            strides=[pair.stride for pair in context.levels],
             share=self.equal_boxes,
         )

@@ -1,6 +1,6 @@
 """Global knowledge, Eq. (6) of GlobalKD: equal coefficients on the common prototypes."""
 
-from typing import Dict, Tuple
+from typing import Dict
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,19 @@ def coefficient_loss(student: Tensor, teacher: Tensor, weight: Tensor, penalty: 
     """Weighted penalty on the difference of coefficients, Eq. (6).
 
     Args:
-        student: (R, C) coefficients, with gradient.
-        teacher: (R, C) coefficients, the targets.
-        weight: (R,) reliability.
+        student: (L, R, C) coefficients, with gradient.
+        teacher: (L, R, C) coefficients, the targets.
+        weight: (L, R) reliability.
         penalty: "l2" (half the square) or "smooth_l1" (quadratic up to 1).
 
     Returns:
-        Scalar: summed over the C prototypes, mean over instances; 0 without instances.
+        Scalar: summed over the C prototypes, mean over instances and levels; 0 without instances.
     """
     if penalty == "l2":
         distance = 0.5 * (student - teacher).square()
     else:
         distance = F.smooth_l1_loss(student, teacher, reduction="none")
-    return (distance.sum(dim=1) * weight).sum() / max(len(weight), 1)
+    return (distance.sum(dim=2) * weight).sum() / max(weight.numel(), 1)
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -76,24 +76,15 @@ class GlobalKnowledge(DistillLoss):
         }
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
-        terms, discrepancies = [], []
-        for pair in context.levels:
-            teacher, student, share = self._coefficients(context, pair.student)
-            weight = self.instance_weight(context, pair.student)
-            terms.append(share * coefficient_loss(student, teacher, weight, self.penalty))
-            discrepancies.append((student.detach() - teacher).norm(dim=1).sum())
-        count = max(len(context.instances), 1)
-        context.observations["kd/discrepancy"] = torch.stack(discrepancies).mean() / count
-        return {"loss_kd_global": torch.stack(terms).mean()}
-
-    def _coefficients(self, context: DistillContext, level: str) -> Tuple[Tensor, Tensor, float]:
-        """Teacher's and student's (R, C) coefficients, and the factor of the scope."""
         every = self.scope == "all"
         teacher, student = context.bank.project(
-            level,
-            context.teacher_instance_features[level],
-            context.student_instance_features[level],
+            context.teacher_instance_features,
+            context.student_instance_features,
             None if every else context.instances.classes,
         )
+        teacher, student = teacher.flatten(2), student.flatten(2)
+        weight = torch.stack([self.instance_weight(context, p.student) for p in context.levels])
+        distance = (student.detach() - teacher).norm(dim=2)
+        context.observations["kd/discrepancy"] = distance.sum() / max(distance.numel(), 1)
         share = 1.0 / context.bank.num_classes if every else 1.0
-        return teacher.flatten(1), student.flatten(1), share
+        return {"loss_kd_global": share * coefficient_loss(student, teacher, weight, self.penalty)}

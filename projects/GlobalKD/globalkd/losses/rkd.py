@@ -32,8 +32,12 @@ def pairwise_distances(features: Tensor) -> Tensor:
 
 
 def mean_positive(distances: Tensor) -> Tensor:
-    """Mean of the positive entries, clamped away from 0: (R, R) -> scalar."""
-    return (distances.sum() / (distances > 0).sum().clamp_min(1)).clamp_min(1e-6)
+    """Mean of the positive entries, clamped away from 0: (R, R) -> scalar.
+
+    What is positive by rounding alone, between instances with the same feature, does not count.
+    """
+    positive = distances > 1e-5 * distances.detach().mean()
+    return (distances.sum() / positive.sum().clamp_min(1)).clamp_min(1e-6)
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:

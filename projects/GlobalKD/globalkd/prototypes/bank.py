@@ -5,7 +5,7 @@ instance features: their coefficients on the prototypes, and how reliable each i
 Not here: one level's buffers and projections (`projection`), how prototypes are chosen
 (`generation`), the file format (`files`) and the losses.
 
-Shapes: R instances, K classes, P prototypes a class, D_t and D_s channels.
+Shapes: L levels, R instances, K classes, P prototypes a class, D_t and D_s channels.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..requirement import require
 from ..structures import PrototypeSet
 from . import files
-from .projection import LevelPrototypes
+from .projection import LevelPrototypes, Projection
 
 
 class PrototypeBank(nn.Module):
@@ -78,6 +78,9 @@ class PrototypeBank(nn.Module):
                 lam=lam,
                 normalize=normalize,
             )
+        self.names = list(levels)
+        #: All levels as one; None where their widths differ.
+        self.joint: Optional[Projection] = None
         self.register_load_state_dict_post_hook(_prepare_after_loading)
         self._prepare()
 
@@ -103,26 +106,30 @@ class PrototypeBank(nn.Module):
         return self.levels[level].valid
 
     def project(
-        self, level: str, teacher: Tensor, student: Tensor, classes: Optional[Tensor] = None
+        self,
+        teacher: Dict[str, Tensor],
+        student: Dict[str, Tensor],
+        classes: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tensor]:
-        """Coefficients of instances on prototypes (Sec. 3.2).
+        """Coefficients of instances on prototypes, on one or more levels (Sec. 3.2).
 
         Args:
-            level: name of the feature level.
-            teacher: (R, D_t) pooled raw features.
-            student: (R, D_s), likewise.
+            teacher: level -> (R, D_t) pooled raw features.
+            student: level -> (R, D_s), of the same levels in the same order.
             classes: (R,) class ids in [0, K), for the prototypes of each instance's own class; None
                 for those of every class.
 
         Returns:
-            (w_t, w_s), each (R, P), or (R, K, P) without `classes`; float32, also under autocast;
-            0 in slots without a prototype. Gradient flows from w_s to `student` alone.
+            (w_t, w_s), each (L, R, P), or (L, R, K, P) without `classes`; float32, also under
+            autocast; 0 in slots without a prototype. Gradient flows from w_s to `student` alone.
         """
-        return self._coefficients(self.projection, level, teacher, student, classes)
+        return self._coefficients(self.projection, teacher, student, classes)
 
     @torch.no_grad()
-    def reliability(self, level: str, teacher: Tensor, student: Tensor, classes: Tensor) -> Tensor:
-        """The weight omega of each instance, Eq. (8).
+    def reliability(
+        self, teacher: Dict[str, Tensor], student: Dict[str, Tensor], classes: Tensor
+    ) -> Tensor:
+        """The weight omega of each instance on one or more levels, Eq. (8).
 
         "coefficients": exp(-(1 + 2 lambda) |w_t - w_s|) with the pursuit's coefficients on the
         prototypes of the instance's class, whatever `projection` is; for unit vectors Eq. (5)
@@ -130,19 +137,19 @@ class PrototypeBank(nn.Module):
         max_k cos(f_t, p_t,k)| over those prototypes k. "none": 1.
 
         Args:
-            level: name of the feature level.
-            teacher: (R, D_t) pooled raw features.
-            student: (R, D_s), likewise.
+            teacher: level -> (R, D_t) pooled raw features.
+            student: level -> (R, D_s), of the same levels in the same order.
             classes: (R,) class ids in [0, K).
 
         Returns:
-            (R,) float32 in [0, 1], detached; 1 where the class has no prototype.
+            (L, R) float32 in [0, 1], detached; 1 where the class has no prototype.
         """
         measure = RELIABILITIES[self.reliability_type]
         if measure.projection is None:
-            return torch.ones(len(student), device=student.device)
-        w_t, w_s = self._coefficients(measure.projection, level, teacher, student, classes)
-        return measure.weight(w_t, w_s, self.valid(level)[classes], self.projection_lambda)
+            return torch.ones(len(student), len(classes), device=classes.device)
+        w_t, w_s = self._coefficients(measure.projection, teacher, student, classes)
+        valid = torch.stack([self.valid(level) for level in student])[:, classes]
+        return measure.weight(w_t, w_s, valid, self.projection_lambda)
 
     @torch.no_grad()
     def broadcast(self) -> None:
@@ -190,19 +197,36 @@ class PrototypeBank(nn.Module):
     def _coefficients(
         self,
         projection: str,
-        level: str,
-        teacher: Tensor,
-        student: Tensor,
+        teacher: Dict[str, Tensor],
+        student: Dict[str, Tensor],
         classes: Optional[Tensor],
     ) -> Tuple[Tensor, Tensor]:
-        project = PROJECTIONS[projection]
-        with torch.autocast(student.device.type, enabled=False):
-            return project(self.levels[level], teacher.detach().float(), student.float(), classes)
+        assert list(teacher) == list(student), (list(teacher), list(student))
+        project, names = PROJECTIONS[projection], list(student)
+        theirs = [x.detach().float() for x in teacher.values()]
+        ours = [x.float() for x in student.values()]
+        device = ours[0].device.type
+        with torch.autocast(device, enabled=False):
+            # A GPU waits for the host to launch its kernels: few large ones.
+            if self.joint and device != "cpu" and classes is not None and names == self.names:
+                return project(self.joint, torch.stack(theirs), torch.stack(ours), classes)
+            parts = [
+                project(self.levels[name].projection, t, s, classes)
+                for name, t, s in zip(names, theirs, ours)
+            ]
+        w_t, w_s = zip(*parts)
+        return torch.stack(w_t), torch.stack(w_s)
 
     def _prepare(self) -> None:
-        for level in self.levels.values():
+        levels = list(self.levels.values())
+        for level in levels:
             level.prepare()
-        self.is_ready = any(bool(level.valid.any()) for level in self.levels.values())
+        self.is_ready = any(bool(level.valid.any()) for level in levels)
+        widths = {x.unit_teacher.shape + x.unit_student.shape for x in self._projections()}
+        self.joint = Projection.stack(self._projections()) if len(widths) == 1 else None
+
+    def _projections(self) -> List[Projection]:
+        return [level.projection for level in self.levels.values()]
 
 
 def _prepare_after_loading(bank: PrototypeBank, _incompatible: List) -> None:
@@ -212,24 +236,24 @@ def _prepare_after_loading(bank: PrototypeBank, _incompatible: List) -> None:
 def _max_cosine(w_t: Tensor, w_s: Tensor, valid: Tensor, _lam: float) -> Tensor:
     """1 less the difference of the largest cosines, as in the released code."""
     # -1, the least cosine, in empty slots: a class without prototypes has difference 0.
-    t, s = (w.masked_fill(~valid, -1).amax(dim=1) for w in (w_t, w_s))
+    t, s = (w.masked_fill(~valid, -1).amax(dim=-1) for w in (w_t, w_s))
     return (1 - (s - t).abs()).clamp(0, 1)
 
 
 def _coefficient_distance(w_t: Tensor, w_s: Tensor, _valid: Tensor, lam: float) -> Tensor:
     """exp of minus how far the pursuit's coefficients lie apart, Eq. (8)."""
-    return torch.exp(-(1 + 2 * lam) * torch.linalg.vector_norm(w_t - w_s, dim=1))
+    return torch.exp(-(1 + 2 * lam) * torch.linalg.vector_norm(w_t - w_s, dim=-1))
 
 
 class _Reliability(NamedTuple):
-    """The projection that a weight is computed from, and how: own-class (R, P) pairs -> (R,)."""
+    """The projection that a weight comes from, and how: own-class (L, R, P) pairs -> (L, R)."""
 
     projection: Optional[str]
     weight: Optional[Callable[[Tensor, Tensor, Tensor, float], Tensor]]
 
 
 #: The values of MODEL.GLOBALKD.PROJECTION.TYPE and of MODEL.GLOBALKD.RELIABILITY.TYPE.
-PROJECTIONS = {"pursuit": LevelPrototypes.by_pursuit, "cosine": LevelPrototypes.by_cosine}
+PROJECTIONS = {"pursuit": Projection.by_pursuit, "cosine": Projection.by_cosine}
 RELIABILITIES = {
     "coefficients": _Reliability("pursuit", _coefficient_distance),
     "max_cosine": _Reliability("cosine", _max_cosine),

@@ -1,4 +1,4 @@
-"""The prototypes of one level and the projection of instance features onto them (Sec. 3.2).
+"""The prototypes of a level and the projection of instance features onto them (Sec. 3.2).
 
 What depends on the prototypes alone is computed when they change: a training step costs one
 normalisation and P inner products an instance and space. Not here: reliability, files
@@ -7,7 +7,7 @@ normalisation and P inner products an instance and space. Not here: reliability,
 Shapes: R instances, K classes, P prototypes a class, D_t and D_s channels.
 """
 
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,51 +15,36 @@ from torch import Tensor, nn
 from .sparse_coding import projection_operator, unit_rows
 
 
-class LevelPrototypes(nn.Module):
-    """Buffers with the prototypes of one level, and (not persistent) what follows from them.
+class Projection(nn.Module):
+    """What projecting onto prototypes needs of them, computed when they change. Nothing is saved.
+
+    Of one level, or of L levels of the same widths stacked: then features, classes apart, and
+    results have a leading L, too.
 
     Attributes:
-        teacher_prototypes: (K, P, D_t) float32, raw.
-        student_prototypes: (K, P, D_s), likewise.
-        valid: (K, P) bool, which slots hold a prototype.
+        unit_teacher: (..., K, P, D_t) float32 of unit length, 0 in slots without a prototype.
+        unit_student: (..., K, P, D_s), likewise.
+        operator: (2, ..., K, P, D_t + D_s), from a stacked feature to w_t and w_s of Eq. (5).
     """
 
-    def __init__(
-        self,
-        shape: Tuple[int, int],
-        widths: Tuple[int, int],
-        *,
-        lam: float,
-        normalize: bool,
-    ):
+    def __init__(self, *, normalize: bool):
         """
         Args:
-            shape: (K, P).
-            widths: (D_t, D_s).
-            lam: lambda of Eq. (5) in `by_pursuit`.
             normalize: `by_pursuit` works on features and prototypes of unit length.
         """
         super().__init__()
-        self.lam = lam
         self.normalize = normalize
-        self.register_buffer("teacher_prototypes", torch.zeros(*shape, widths[0]))
-        self.register_buffer("student_prototypes", torch.zeros(*shape, widths[1]))
-        self.register_buffer("valid", torch.zeros(shape, dtype=torch.bool))
         for name in ("unit_teacher", "unit_student", "operator"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
 
-    @torch.no_grad()
-    def prepare(self) -> None:
-        """Compute what follows from the prototypes; to call after they changed."""
-        raw = [
-            x.double().masked_fill(~self.valid[..., None], 0)
-            for x in (self.teacher_prototypes, self.student_prototypes)
-        ]
-        unit = [unit_rows(x) for x in raw]
-        self.unit_teacher, self.unit_student = (x.float() for x in unit)
-        atoms = unit if self.normalize else raw
-        operator = projection_operator(*atoms, self.valid, self.lam)
-        self.operator = operator.transpose(0, 1).float()  # (2, K, P, D_t + D_s)
+    @staticmethod
+    def stack(levels: Sequence["Projection"]) -> "Projection":
+        """Levels of equal widths as one."""
+        joint = Projection(normalize=levels[0].normalize)
+        joint.unit_teacher = torch.stack([x.unit_teacher for x in levels])
+        joint.unit_student = torch.stack([x.unit_student for x in levels])
+        joint.operator = torch.stack([x.operator for x in levels], dim=1)
+        return joint
 
     def by_cosine(
         self, teacher: Tensor, student: Tensor, classes: Optional[Tensor]
@@ -67,12 +52,14 @@ class LevelPrototypes(nn.Module):
         """Cosine with each prototype, each space on its own.
 
         Args:
-            teacher: (R, D_t) float32 features.
-            student: (R, D_s) float32 features.
-            classes: (R,) the class whose prototypes each instance is projected onto; None for all.
+            teacher: (..., R, D_t) float32 features.
+            student: (..., R, D_s) float32 features.
+            classes: (R,) the class whose prototypes each instance is projected onto; None for all
+                (of a single level).
 
         Returns:
-            (w_t, w_s), each (R, P), or (R, K, P) for all classes; 0 in slots without a prototype.
+            (w_t, w_s), each (..., R, P), or (R, K, P) for all classes; 0 in slots without a
+            prototype.
         """
         return (
             _products(unit_rows(teacher), self.unit_teacher.float(), classes),
@@ -88,22 +75,72 @@ class LevelPrototypes(nn.Module):
         """
         if self.normalize:
             teacher, student = unit_rows(teacher), unit_rows(student)
-        both = torch.cat([teacher, student], dim=1)
+        both = torch.cat([teacher, student], dim=-1)
         to_teacher, to_student = self.operator.float()
         return _products(both.detach(), to_teacher, classes), _products(both, to_student, classes)
+
+
+class LevelPrototypes(nn.Module):
+    """Buffers with the prototypes of one level.
+
+    Attributes:
+        teacher_prototypes: (K, P, D_t) float32, raw.
+        student_prototypes: (K, P, D_s), likewise.
+        valid: (K, P) bool, which slots hold a prototype.
+        projection: what follows from them.
+    """
+
+    def __init__(
+        self,
+        shape: Tuple[int, int],
+        widths: Tuple[int, int],
+        *,
+        lam: float,
+        normalize: bool,
+    ):
+        """
+        Args:
+            shape: (K, P).
+            widths: (D_t, D_s).
+            lam: lambda of Eq. (5) in `by_pursuit`.
+            normalize: see `Projection`.
+        """
+        super().__init__()
+        self.lam = lam
+        self.register_buffer("teacher_prototypes", torch.zeros(*shape, widths[0]))
+        self.register_buffer("student_prototypes", torch.zeros(*shape, widths[1]))
+        self.register_buffer("valid", torch.zeros(shape, dtype=torch.bool))
+        self.projection = Projection(normalize=normalize)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Compute what follows from the prototypes; to call after they changed."""
+        raw = [
+            x.double().masked_fill(~self.valid[..., None], 0)
+            for x in (self.teacher_prototypes, self.student_prototypes)
+        ]
+        unit = [unit_rows(x) for x in raw]
+        derived = self.projection
+        derived.unit_teacher, derived.unit_student = (x.float() for x in unit)
+        atoms = unit if derived.normalize else raw
+        operator = projection_operator(*atoms, self.valid, self.lam)
+        derived.operator = operator.transpose(0, 1).float()
 
 
 def _products(vectors: Tensor, atoms: Tensor, classes: Optional[Tensor]) -> Tensor:
     """(R, D) with (K, P, D) -> (R, K, P), or with the atoms of `classes` alone -> (R, P)."""
     if classes is None:
         return (vectors @ atoms.flatten(0, 1).T).unflatten(1, atoms.shape[:2])
-    products = products_by_row if vectors.is_cuda else products_by_class
+    products = products_by_row if vectors.is_cuda or atoms.dim() > 3 else products_by_class
     return products(vectors, atoms, classes)
 
 
 def products_by_row(vectors: Tensor, atoms: Tensor, classes: Tensor) -> Tensor:
-    """Each row with a copy of its class's atoms: (R, D), (K, P, D), (R,) -> (R, P)."""
-    return (atoms[classes] @ vectors[:, :, None]).squeeze(2)
+    """Each row with a copy of its class's atoms.
+
+    (..., R, D) with (..., K, P, D) and (R,) classes -> (..., R, P).
+    """
+    return (atoms.index_select(-3, classes) @ vectors[..., None]).squeeze(-1)
 
 
 def products_by_class(vectors: Tensor, atoms: Tensor, classes: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def build_teacher(
         allow_pickle: accept weights whose reading may run code that is in the file.
         device: where to build it; empty for what the config says.
         like: a config with further keys that the teacher's may have; see `load_config`.
-        modes: `precision`, `compile`, `input_scale` and `side_stream` of `Teacher`.
+        modes: `precision`, `compile`, `input_scale`, `side_stream` and `cuda_graphs` of `Teacher`.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
@@ -87,6 +87,7 @@ def teacher_from_config(cfg: CfgNode) -> Teacher:
         compile=node.COMPILE,
         input_scale=node.INPUT_SCALE,
         side_stream=node.SIDE_STREAM,
+        cuda_graphs=node.CUDA_GRAPHS,
     )
 
 

@@ -10,15 +10,18 @@ from typing import Callable, Collection, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ..dense_head import DenseOutputs, find_dense_head
 from ..requirement import require
-from ..sparse_convolution import anchor_logits, has_local_classes
+from ..sparse_convolution import class_logits, has_local_classes, single_logits
+from .backbone_pass import BackbonePass
 from .cutting import cut_backbone
+from .pooling import pool, pools_without_waiting
 from .side_stream import SideStream
 
 #: MODEL.GLOBALKD.TEACHER.PRECISION; None leaves the teacher in what surrounds it.
@@ -48,6 +51,7 @@ class Teacher:
         compile: bool = False,
         input_scale: float = 1.0,
         side_stream: bool = False,
+        cuda_graphs: bool = False,
     ):
         """
         Args:
@@ -59,6 +63,8 @@ class Teacher:
             compile: run the backbone through `torch.compile`.
             input_scale: factor on the sides of the images that the backbone sees.
             side_stream: on a GPU, `begin` runs the backbone on a stream of its own.
+            cuda_graphs: on a GPU, the backbone's kernels are recorded for each shape of its input
+                and replayed.
 
         Raises:
             ValueError: a setting that is not among these.
@@ -70,7 +76,7 @@ class Teacher:
         self.class_names = list(class_names)
         self.precision = precision
         self.input_scale = input_scale
-        self._compile = compile
+        self._modes = {"compile": compile, "cuda_graphs": cuda_graphs}
         self._wants_side_stream = side_stream
         self._side_stream: Optional[SideStream] = None
         self.read_levels(list(model.backbone.output_shape()))
@@ -87,6 +93,7 @@ class Teacher:
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a tensor function (a move of device or dtype) to all parameters and buffers."""
         self.model._apply(fn)
+        self._backbone.forget()
 
     def read_levels(self, levels: Collection[str]) -> None:
         """From now on `features` gives these levels alone and leaves out what they do not need.
@@ -98,25 +105,29 @@ class Teacher:
             raise ValueError(
                 f"The teacher has no level {unknown}; it has {list(self.output_shape)}."
             )
-        backbone = cut_backbone(self.model.backbone, levels)
         self._levels = tuple(levels)
-        self._backbone = torch.compile(backbone) if self._compile else backbone
+        self._backbone = BackbonePass(cut_backbone(self.model.backbone, levels), **self._modes)
 
     def begin(self, batched_inputs: List[dict], input_format: str) -> Callable[[], Dict]:
         """Begin `features` as early as it can run.
 
         Returns:
-            A function that gives what `features` does. With a side stream on a GPU the pass has
-            been launched by then, beside whatever the present stream does meanwhile; otherwise it
-            runs when the function is called. Call it once.
+            A function that gives what `features` does. With a side stream or CUDA graphs on a GPU
+            the pass has been launched by then; otherwise it runs when the function is called. Call
+            it once.
         """
         run = partial(self.features, batched_inputs, input_format)
         device = self.model.device
-        if not self._wants_side_stream or device.type != "cuda":
+        if device.type != "cuda":
             return run
-        if self._side_stream is None or self._side_stream.device != device:
-            self._side_stream = SideStream(device)
-        return self._side_stream.begin(run)
+        if self._wants_side_stream:
+            if self._side_stream is None or self._side_stream.device != device:
+                self._side_stream = SideStream(device)
+            return self._side_stream.begin(run)
+        if self._modes["cuda_graphs"]:  # work for the GPU while the host launches the student's
+            maps = run()
+            return lambda: maps
+        return run
 
     @torch.no_grad()
     def features(self, batched_inputs: List[dict], input_format: str) -> Dict[str, Tensor]:
@@ -131,11 +142,17 @@ class Teacher:
         if self.input_scale != 1:
             batched_inputs = [{**x, "image": self._rescale(x["image"])} for x in batched_inputs]
         images = self.model.preprocess_image(batched_inputs).tensor
-        if images.device.type == "cpu":  # where convolutions run faster on it, most of all in bf16
-            images = images.contiguous(memory_format=torch.channels_last)
         with self._own_precision():
             maps = self._backbone(images)
-        return {name: self._returned(maps[name]) for name in self._levels}
+        return {name: self._own_copy(maps[name]) for name in self._levels}
+
+    def _own_copy(self, x: Tensor) -> Tensor:
+        """A map as it is handed out: on a GPU in NCHW, where losses and RoIAlign are faster."""
+        if not x.is_cuda:
+            return self._returned(x)
+        dtype = x.dtype if PRECISIONS[self.precision] is None else torch.float32
+        copy = self._modes["cuda_graphs"]  # the next pass writes over a graph's output
+        return x.to(dtype, memory_format=torch.contiguous_format, copy=copy)
 
     def on_input_grid(self, features: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Maps as `features` gave them, brought to the grid of the images before rescaling."""
@@ -160,27 +177,47 @@ class Teacher:
 
     @torch.no_grad()
     def box_logits(
-        self, features: Dict[str, Tensor], boxes: List[Tensor], image_sizes: List[tuple]
+        self,
+        features: Dict[str, Tensor],
+        boxes: Tensor,
+        image_index: Tensor,
+        image_sizes: List[tuple],
     ) -> Tensor:
         """Class logits of the box head for given boxes.
 
         Args:
             features: this teacher's feature maps.
-            boxes: per-image (R_i, 4) XYXY_ABS boxes, before rescaling.
+            boxes: (R, 4) XYXY_ABS, before rescaling.
+            image_index: (R,) int64, ascending.
             image_sizes: per-image (height, width), likewise.
 
         Returns:
             (R, K + 1), background last. A cascade gives the logarithm of the mean probability of
             its stages, whose softmax is what it predicts.
         """
-        scale = self.input_scale
-        proposals = [
-            Instances((round(h * scale), round(w * scale)), proposal_boxes=Boxes(b * scale))
-            for (h, w), b in zip(image_sizes, boxes)
-        ]
+        heads, boxes = self.model.roi_heads, boxes * self.input_scale
         # Heads may log; not among the student's scalars.
         with EventStorage(), self._own_precision():
-            return self._returned(_box_logits(self.model.roi_heads, features, proposals))
+            if boxes.is_cuda and type(heads) is StandardROIHeads:
+                pooler, maps = heads.box_pooler, [features[f] for f in heads.box_in_features]
+                if pools_without_waiting(pooler):
+                    rois = torch.cat([image_index[:, None].to(boxes), boxes], dim=1)
+                    pooled = heads.box_head(pool(pooler, maps, rois))
+                    return self._returned(heads.box_predictor(pooled)[0])
+            proposals = self._proposals(boxes, image_index, image_sizes)
+            return self._returned(_box_logits(heads, features, proposals))
+
+    def _proposals(
+        self, boxes: Tensor, image_index: Tensor, image_sizes: List[tuple]
+    ) -> List[Instances]:
+        """Rescaled boxes as Detectron2's heads take them, image by image."""
+        images = torch.arange(len(image_sizes), device=image_index.device)
+        counts = (image_index == images[:, None]).sum(dim=1).tolist()  # bincount would wait twice
+        scale = self.input_scale
+        return [
+            Instances((round(h * scale), round(w * scale)), proposal_boxes=Boxes(b))
+            for (h, w), b in zip(image_sizes, boxes.split(counts))
+        ]
 
     @torch.no_grad()
     def dense_outputs(self, features: Dict[str, Tensor], anchors: Sequence[Boxes]) -> DenseOutputs:
@@ -199,19 +236,23 @@ class Teacher:
         return DenseOutputs.collect(head, anchors, logits, deltas)
 
     @property
-    def scores_single_anchors(self) -> bool:
-        """Whether `anchor_logits` saves something: a RetinaNet head without norms, on a CPU."""
+    def scores_classes_alone(self) -> bool:
+        """Whether `anchor_logits` saves something over `dense_outputs`: with a RetinaNet head."""
         head = find_dense_head(self.model)
-        on_cpu = self.model.device.type == "cpu"
-        return on_cpu and head is not None and has_local_classes(head.module)
+        return head is not None and isinstance(head.module, RetinaNetHead)
 
     @torch.no_grad()
     def anchor_logits(self, features: Dict[str, Tensor], rows: Tensor, num_rows: int) -> Tensor:
-        """Class logits (M, K) of (M,) anchors of the `num_rows` that the student has."""
+        """Class logits (M, K) of (M,) anchors of the `num_rows` that the student has.
+
+        On a CPU they are computed where they are asked for, if the head has no norms.
+        """
         head = find_dense_head(self.model)
+        on_cpu = self.model.device.type == "cpu"
+        logits = single_logits if on_cpu and has_local_classes(head.module) else class_logits
         with self._own_precision():
             maps = [features[f] for f in head.in_features]
-            return self._returned(anchor_logits(head.module, maps, rows, num_rows))
+            return self._returned(logits(head.module, maps, rows, num_rows))
 
 
 def _resize(maps: Tensor, scale: float, antialias: bool = False) -> Tensor:

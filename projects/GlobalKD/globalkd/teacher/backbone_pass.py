@@ -1,0 +1,67 @@
+"""How a frozen backbone runs: its layout, its precision, compiled or not, launched or replayed.
+
+Whatever is chosen here, the maps are the same up to the rounding of the precision.
+"""
+
+import copy
+from typing import Callable, Dict, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .cuda_graphs import GraphedBackbone
+
+#: What autocast computes in its lower precision, whichever it is.
+CAST_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+
+
+class BackbonePass:
+    """Calls a backbone in the precision of the autocast that surrounds the call.
+
+    Autocast by itself converts a frozen weight again in each pass. Here a second copy of the
+    backbone holds them converted: the same products, without the conversion.
+    """
+
+    def __init__(self, backbone: nn.Module, *, compile: bool = False, cuda_graphs: bool = False):
+        """
+        Args:
+            backbone: in evaluation mode, without trainable parameters. What it has as weights at a
+                first call in a lower precision counts until `forget`.
+            compile: run it through `torch.compile`.
+            cuda_graphs: on a GPU, replay it; see `GraphedBackbone`.
+        """
+        self.backbone = backbone
+        self.compile = compile
+        self.cuda_graphs = cuda_graphs
+        self.forget()
+
+    def forget(self) -> None:
+        """Take the backbone's parameters anew: they were moved or changed."""
+        self._calls: Dict[Optional[torch.dtype], Callable] = {}
+
+    def __call__(self, images: Tensor) -> Dict[str, Tensor]:
+        """
+        Args:
+            images: (N, 3, H, W) float32.
+
+        Returns:
+            level -> map, in any memory format. With CUDA graphs they hold until the next call.
+        """
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if dtype not in self._calls:
+            self._calls[dtype] = self._prepare(dtype, device)
+        # Where convolutions run faster on it: everywhere on a CPU, in 16 bits on a GPU.
+        if device == "cpu" or dtype is not None:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self._calls[dtype](images)
+
+    def _prepare(self, dtype: Optional[torch.dtype], device: str) -> Callable:
+        backbone = self.backbone
+        if dtype is not None:
+            backbone = copy.deepcopy(backbone).to(memory_format=torch.channels_last)
+            for module in backbone.modules():
+                if isinstance(module, CAST_MODULES):
+                    module.to(dtype)
+        call = torch.compile(backbone) if self.compile else backbone
+        return GraphedBackbone(call) if self.cuda_graphs and device == "cuda" else call

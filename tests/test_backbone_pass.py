@@ -1,0 +1,120 @@
+"""The teacher's backbone in another precision and as a recording: the same maps."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from globalkd.teacher import cuda_graphs
+from globalkd.teacher.backbone_pass import BackbonePass
+from globalkd.teacher.cuda_graphs import GraphedBackbone
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.second = nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        return {"p2": x, "p3": self.second(x)}
+
+
+@pytest.fixture
+def backbone():
+    return Backbone().eval().requires_grad_(False)
+
+
+def images(*size, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_converted_weights_give_what_autocast_gives(backbone):
+    x = images(2, 3, 16, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = backbone(x.contiguous(memory_format=torch.channels_last))
+        found = BackbonePass(backbone)(x)
+    assert {n: m.dtype for n, m in found.items()} == {n: m.dtype for n, m in expected.items()}
+    assert all(torch.equal(found[name], m) for name, m in expected.items())
+    assert backbone.first.weight.dtype == torch.float32, "the backbone itself is not converted"
+
+
+def test_each_precision_has_its_own_weights_until_they_change(backbone):
+    run, x = BackbonePass(backbone), images(1, 3, 8, 8)
+    exact = run(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = run(x)
+    assert all(torch.equal(run(x)[name], m) for name, m in exact.items())
+    backbone.second.weight.mul_(2)
+    run.forget()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(run(x)["p3"], before["p3"])
+
+
+@pytest.fixture
+def graphed(backbone, monkeypatch):
+    """A recording that launches its kernels anew: as a graph, it reads and writes fixed memory."""
+    recordings = []
+
+    def record(run, pool):
+        recordings.append(run)
+        return run, "pool"
+
+    class Stream:
+        def wait_stream(self, _):
+            pass
+
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    monkeypatch.setattr("torch.cuda.current_stream", Stream)
+    monkeypatch.setattr("torch.cuda.stream", lambda _: torch.no_grad())
+    graphed = GraphedBackbone(backbone)
+    graphed.recordings = recordings
+    return graphed
+
+
+def test_shapes_in_turn_give_the_backbones_maps(backbone, graphed):
+    sizes = [(2, 3, 16, 24), (1, 3, 8, 8), (2, 3, 32, 32)]
+    for seed in range(9):
+        x = images(*sizes[seed % 3], seed=seed)
+        x = x.contiguous(memory_format=torch.channels_last) if seed > 4 else x
+        found, expected = graphed(x), backbone(x)
+        assert all(torch.equal(found[name], m) for name, m in expected.items())
+
+
+def test_a_shape_is_recorded_when_it_comes_again(graphed):
+    for _ in range(3):
+        graphed(images(1, 3, 8, 8))
+    assert len(graphed.recordings) == 1
+    graphed(images(1, 3, 8, 16))
+    assert len(graphed.recordings) == 1
+
+
+def test_recordings_share_their_memory(graphed):
+    for size in ((2, 3, 32, 32), (1, 3, 8, 8)):
+        for _ in range(2):
+            graphed(images(*size))
+    large, small = graphed._graphs.values()
+    assert large[1].data_ptr() == small[1].data_ptr()
+    assert large[2]["p2"].data_ptr() == small[2]["p2"].data_ptr()
+
+
+def test_recordings_are_limited_and_it_is_said(backbone, graphed, monkeypatch, caplog):
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    for width in (8, 16, 24, 32):
+        for seed in range(2):
+            x = images(1, 3, 8, width, seed=seed)
+            assert torch.equal(graphed(x)["p3"], backbone(x)["p3"])
+    assert len(graphed.recordings) == 2
+    assert caplog.text.count("2 shapes of input are recorded") == 1
+
+
+def test_a_copy_of_a_pass_is_its_own(backbone):
+    run = BackbonePass(backbone)
+    other = copy.deepcopy(run)
+    backbone.first.weight.zero_()
+    assert other.backbone.first.weight.any()
