@@ -11,10 +11,10 @@ from torch import nn
 
 from globalkd.data import register_datasets
 from globalkd.sparse_convolution import (
-    class_logits,
     convolve_cells,
     has_local_classes,
     single_logits,
+    window_logits,
 )
 from globalkd.teacher import Teacher
 
@@ -74,7 +74,7 @@ def test_logits_of_some_anchors_are_the_heads(count):
     whole = [x.unflatten(1, (2, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in head(maps)[0]]
     whole = torch.cat(whole, dim=1).flatten(0, 1)
     rows = torch.randperm(len(whole))[:count].sort().values
-    for logits in (single_logits, class_logits):
+    for logits in (single_logits, window_logits):
         torch.testing.assert_close(logits(head, maps, rows, len(whole)), whole[rows])
 
 
@@ -88,10 +88,10 @@ def test_the_response_term_is_that_of_the_whole_head(tiny_cfg, batch, monkeypatc
     cfg.MODEL.GLOBALKD.TEACHER.OPTS += ["MODEL.RETINANET.NORM", ""]
     register_datasets(cfg)
     model = build_model(cfg).train()
-    assert model.distiller.teacher.scores_classes_alone
+    assert model.distiller.teacher.scores_single_anchors
     terms = []
     for single in (True, False):
-        monkeypatch.setattr(Teacher, "scores_classes_alone", single)
+        monkeypatch.setattr(Teacher, "scores_single_anchors", single)
         with EventStorage(0):
             terms.append(model(batch)["loss_kd_response"])
     assert terms[0] > 0

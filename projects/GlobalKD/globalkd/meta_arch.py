@@ -55,7 +55,7 @@ class AnchorCandidates(Candidates):
 
     def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
         apart = rows is not None and not context.dense_read
-        if apart and context.teacher.scores_classes_alone:
+        if apart and context.teacher.scores_single_anchors:
             return context.teacher.anchor_logits(context.teacher_features, rows, len(self.logits))
         logits = context.teacher_dense.flat_logits.flatten(0, 1)
         return logits if rows is None else logits[rows]

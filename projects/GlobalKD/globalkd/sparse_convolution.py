@@ -1,8 +1,8 @@
 """Convolutions evaluated at a few cells of a map, at the cost of those cells.
 
 For what is read at few places only: adapters inside boxes, a teacher's class scores of positive
-anchors. On a CPU; on a GPU the choice of cells would make the host wait for the device, and
-`class_logits` computes all of them.
+anchors. On a GPU the choice of cells would make the host wait for the device: there whole maps are
+computed, or windows.
 
 Shapes: N images, H x W cells, D channels, M chosen cells, A anchors of a cell, K classes.
 """
@@ -49,14 +49,47 @@ def has_local_classes(head: nn.Module) -> bool:
     )
 
 
-def class_logits(
+def window_logits(
     head: RetinaNetHead, maps: Sequence[Tensor], rows: Tensor, num_rows: int
 ) -> Tensor:
-    """As `single_logits`, of any RetinaNet head: from the logits of all anchors."""
-    num_anchors, _ = _count_anchors(head, maps, num_rows)
-    scores = [head.cls_score(head.cls_subnet(x)).unflatten(1, (num_anchors, -1)) for x in maps]
-    scores = [x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in scores]
-    return torch.cat(scores, dim=1).flatten(0, 1)[rows]
+    """As `single_logits`, each anchor from a window of the cells that it depends on.
+
+    Windows overlap, and what they share is computed again; but their number is known, so that a GPU
+    need not be waited for.
+    """
+    num_anchors, counts = _count_anchors(head, maps, num_rows)
+    image, anchor = rows // sum(counts), rows % sum(counts)
+    shapes = [(*x.shape[-2:], len(x)) for x in maps]
+    firsts, offset = [], 0  # of each level: its first anchor, and its first cell in the table
+    for height, width, images in shapes:
+        firsts.append((sum(counts[: len(firsts)]), offset, height, width))
+        offset += height * width * images
+    firsts = torch.tensor(firsts).to(rows.device, non_blocking=True)
+    level = (anchor[:, None] >= firsts[1:, 0]).sum(dim=1)
+    first, table_start, height, width = firsts[level].unbind(dim=1)
+    cell = (anchor - first) // num_anchors
+    layers = [x for x in head.cls_subnet if isinstance(x, nn.Conv2d)] + [head.cls_score]
+    reach = sum(x.kernel_size[0] // 2 for x in layers)
+    around = torch.arange(-reach, reach + 1, device=rows.device)
+    y = (cell // width)[:, None] + around  # (M, window)
+    x = (cell % width)[:, None] + around
+    on_y, on_x = (y >= 0) & (y < height[:, None]), (x >= 0) & (x < width[:, None])
+    on_map = (on_y[:, :, None] & on_x[:, None]).unsqueeze(1)  # (M, 1, window, window)
+    y = torch.minimum(y.clamp_min(0), height[:, None] - 1)
+    x = torch.minimum(x.clamp_min(0), width[:, None] - 1)
+    start = table_start + image * height * width
+    cells = (start[:, None] + y * width[:, None])[:, :, None] + x[:, None]
+    table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
+    values = F.embedding(cells, table).permute(0, 3, 1, 2)
+    for layer in layers:
+        values = values * on_map  # what lies outside a map is 0 to each layer
+        values = F.conv2d(values, layer.weight, layer.bias)
+        values = values if layer is head.cls_score else values.relu()
+        cut = layer.kernel_size[0] // 2
+        on_map = on_map[..., cut : on_map.shape[-2] - cut, cut : on_map.shape[-1] - cut]
+    values = values.flatten(1).unflatten(1, (num_anchors, -1))
+    own = ((anchor - first) % num_anchors)[:, None, None]
+    return values.take_along_dim(own, dim=1).squeeze(1)
 
 
 def single_logits(

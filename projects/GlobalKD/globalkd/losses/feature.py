@@ -3,6 +3,7 @@
 from typing import Dict, List, Sequence
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
@@ -84,7 +85,9 @@ def weighted_feature_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> T
     Returns:
         Scalar; 0 where all weights are 0.
     """
-    squared = (student.float() - teacher.float()).square().mean(dim=1)
+    # Summed, then divided: the gradient of a mean over channels would be as large as the map.
+    squared = F.mse_loss(student.float(), teacher.float(), reduction="none").sum(dim=1)
+    squared = squared / student.shape[1]
     return 0.5 * (squared * weight).sum() / weight.sum().clamp_min(1e-6)
 
 

@@ -10,7 +10,6 @@ from typing import Callable, Collection, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..dense_head import DenseOutputs, find_dense_head
 from ..requirement import require
-from ..sparse_convolution import class_logits, has_local_classes, single_logits
+from ..sparse_convolution import has_local_classes, single_logits, window_logits
 from .backbone_pass import BackbonePass
 from .cutting import cut_backbone
 from .pooling import pool, pools_without_waiting
@@ -236,20 +235,16 @@ class Teacher:
         return DenseOutputs.collect(head, anchors, logits, deltas)
 
     @property
-    def scores_classes_alone(self) -> bool:
-        """Whether `anchor_logits` saves something over `dense_outputs`: with a RetinaNet head."""
+    def scores_single_anchors(self) -> bool:
+        """Whether there is `anchor_logits`: with a RetinaNet head without norms in its tower."""
         head = find_dense_head(self.model)
-        return head is not None and isinstance(head.module, RetinaNetHead)
+        return head is not None and has_local_classes(head.module)
 
     @torch.no_grad()
     def anchor_logits(self, features: Dict[str, Tensor], rows: Tensor, num_rows: int) -> Tensor:
-        """Class logits (M, K) of (M,) anchors of the `num_rows` that the student has.
-
-        On a CPU they are computed where they are asked for, if the head has no norms.
-        """
+        """Class logits (M, K) of (M,) anchors of the `num_rows` that the student has."""
         head = find_dense_head(self.model)
-        on_cpu = self.model.device.type == "cpu"
-        logits = single_logits if on_cpu and has_local_classes(head.module) else class_logits
+        logits = single_logits if self.model.device.type == "cpu" else window_logits
         with self._own_precision():
             maps = [features[f] for f in head.in_features]
             return self._returned(logits(head.module, maps, rows, num_rows))
