@@ -117,6 +117,7 @@ def measure(case: Case, batch: List[dict], losses: Dict[str, List[str]], rounds:
 
 
 def rows_of(args, losses) -> Iterator[dict]:
+    on_gpu = args.device == "cuda"
     for pair in args.pairs:
         for detector in args.detectors:
             for precision in args.precisions:
@@ -146,6 +147,7 @@ def rows_of(args, losses) -> Iterator[dict]:
                             "threads": torch.get_num_threads(),
                             "processor": processor(),
                             "torch": torch.__version__,
+                            **({"gpu": torch.cuda.get_device_name()} if on_gpu else {}),
                         }
 
 
@@ -168,9 +170,7 @@ def table(rows: List[dict]) -> str:
         lines.append(
             {
                 **line,
-                "plain [s]": f"{r['plain_s']:.2f}",
-                "teacher [s]": f"{r['teacher_s']:.2f}",
-                "distilled [s]": f"{r['distilled_s']:.2f}",
+                **{f"{name} [s]": _seconds(r, name) for name in ("plain", "teacher", "distilled")},
                 "over plain": _over_plain(r),
                 "over the floor (quartiles)": f"**{r['ratio']:.3f}** ({low:.3f} to {high:.3f})",
                 "memory of a step [GB]": (
@@ -200,6 +200,10 @@ def _setting(row: dict) -> str:
     pairs = [f"{k.removeprefix('MODEL.GLOBALKD.')} {v}" for k, v in zip(opts[::2], opts[1::2])]
     device = {"cpu": "CPU", "cuda": "GPU"}[row["device"]]
     return ", ".join([device, row["precision"], *pairs])
+
+
+def _seconds(row: dict, name: str) -> str:
+    return f"{row[f'{name}_s']:.{3 if row['device'] == 'cuda' else 2}f}"
 
 
 def _over_plain(row: dict) -> str:

@@ -411,8 +411,8 @@ def test_a_batch_twice_gives_the_same_terms():
         torch.testing.assert_close(value(loss, context), value(loss, twice))
 
 
-def class_reliability(_level, _teacher, _student, classes):
-    return classes.float() / 10
+def class_reliability(_teacher, student, classes):
+    return (classes.float() / 10).expand(len(student), -1)
 
 
 def test_boxes_are_weighted_by_their_own_reliability_whatever_the_instances_are():

@@ -9,6 +9,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from globalkd import sparse_convolution
 from globalkd.data import register_datasets
 from globalkd.sparse_convolution import (
     convolve_cells,
@@ -68,12 +69,13 @@ def retinanet_head(norm=""):
 
 @pytest.mark.parametrize("count", [0, 1, 12])
 @torch.no_grad()
-def test_logits_of_some_anchors_are_the_heads(count):
+def test_logits_of_some_anchors_are_the_heads(count, monkeypatch):
     head = retinanet_head()
     maps = [torch.randn(2, CHANNELS, *size) for size in ((9, 7), (5, 4))]
     whole = [x.unflatten(1, (2, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in head(maps)[0]]
     whole = torch.cat(whole, dim=1).flatten(0, 1)
     rows = torch.randperm(len(whole))[:count].sort().values
+    monkeypatch.setattr(sparse_convolution, "WINDOWS_PER_CHUNK", 5)
     for logits in (single_logits, window_logits):
         torch.testing.assert_close(logits(head, maps, rows, len(whole)), whole[rows])
 

@@ -249,6 +249,23 @@ def _ten_classes(lazy, kind):
         lazy.distiller.losses = lazy.distiller.losses[:2]  # the quick teacher has other anchors
 
 
+def test_resuming_with_other_losses_names_them(tiny_cfg):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1)
+    run(cfg)
+    cfg.MODEL.GLOBALKD.LOSSES = ["PixelRelation"]
+    with pytest.raises(ValueError, match=r"other keys .*such as LOSSES.* Missing key") as error:
+        run(cfg, resume=True)
+    assert len(str(error.value)) < 1000
+
+
+def test_resuming_from_nothing_is_said(tiny_cfg, caplog):
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.ENABLED", False, distill=False)
+    register_datasets(cfg)
+    with caplog.at_level(logging.WARNING):
+        DistillTrainer(cfg).resume_or_load(resume=True)
+    assert f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) has no checkpoint" in caplog.text
+
+
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_resuming_without_the_distillers_state_is_said(forgotten, tiny_cfg, caplog):
     cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ())

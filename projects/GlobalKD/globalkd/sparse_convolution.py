@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
+#: Windows of `window_logits` that are in memory at a time: 250 MB for a head of four layers.
+WINDOWS_PER_CHUNK = 2048
+
 
 def convolve_cells(conv: nn.Conv2d, features: Tensor, cells: Tensor) -> Tensor:
     """What a convolution gives at a few cells.
@@ -58,38 +61,50 @@ def window_logits(
     need not be waited for.
     """
     num_anchors, counts = _count_anchors(head, maps, num_rows)
-    image, anchor = rows // sum(counts), rows % sum(counts)
-    shapes = [(*x.shape[-2:], len(x)) for x in maps]
-    firsts, offset = [], 0  # of each level: its first anchor, and its first cell in the table
-    for height, width, images in shapes:
-        firsts.append((sum(counts[: len(firsts)]), offset, height, width))
-        offset += height * width * images
-    firsts = torch.tensor(firsts).to(rows.device, non_blocking=True)
-    level = (anchor[:, None] >= firsts[1:, 0]).sum(dim=1)
-    first, table_start, height, width = firsts[level].unbind(dim=1)
-    cell = (anchor - first) // num_anchors
-    layers = [x for x in head.cls_subnet if isinstance(x, nn.Conv2d)] + [head.cls_score]
-    reach = sum(x.kernel_size[0] // 2 for x in layers)
+    layers = _class_layers(head)
+    reach = sum(layer.kernel_size[0] // 2 for layer in layers)
+    table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])  # (cells, D)
+    logits = []
+    for part in rows.split(WINDOWS_PER_CHUNK):
+        cells, on_map, own = _windows(part, maps, counts, num_anchors, reach)
+        values = F.embedding(cells, table).permute(0, 3, 1, 2)  # (M, D, window, window)
+        for layer in layers:
+            values = values * on_map[:, None]  # what lies outside a map is 0 to each layer
+            values = F.conv2d(values, layer.weight, layer.bias)
+            values = values if layer is head.cls_score else values.relu()
+            cut = layer.kernel_size[0] // 2
+            on_map = on_map[:, cut : on_map.shape[1] - cut, cut : on_map.shape[2] - cut]
+        values = values.flatten(1).unflatten(1, (num_anchors, -1))
+        logits.append(values.take_along_dim(own[:, None, None], dim=1).squeeze(1))
+    return torch.cat(logits)
+
+
+def _windows(
+    rows: Tensor, maps: Sequence[Tensor], counts: Sequence[int], num_anchors: int, reach: int
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The cells around some anchors, as rows of all maps' cells one after the other.
+
+    Returns:
+        (M, window, window) int64 rows, those outside a map moved to its edge; whether they are on
+        the map, likewise; (M,) which of its cell's anchors each one is.
+    """
+    levels, anchors, cells = [], 0, 0  # of each: its first anchor, its first row, its map's size
+    for x, count in zip(maps, counts):
+        height, width = x.shape[-2:]
+        levels.append((anchors, cells, height, width))
+        anchors, cells = anchors + count, cells + len(x) * height * width
+    levels = torch.tensor(levels).to(rows.device, non_blocking=True)
+    image, anchor = rows // anchors, rows % anchors
+    level = (anchor[:, None] >= levels[1:, 0]).sum(dim=1)
+    first_anchor, first_cell, height, width = levels[level, :, None, None].unbind(dim=1)
+    cell = (anchor[:, None, None] - first_anchor) // num_anchors
     around = torch.arange(-reach, reach + 1, device=rows.device)
-    y = (cell // width)[:, None] + around  # (M, window)
-    x = (cell % width)[:, None] + around
-    on_y, on_x = (y >= 0) & (y < height[:, None]), (x >= 0) & (x < width[:, None])
-    on_map = (on_y[:, :, None] & on_x[:, None]).unsqueeze(1)  # (M, 1, window, window)
-    y = torch.minimum(y.clamp_min(0), height[:, None] - 1)
-    x = torch.minimum(x.clamp_min(0), width[:, None] - 1)
-    start = table_start + image * height * width
-    cells = (start[:, None] + y * width[:, None])[:, :, None] + x[:, None]
-    table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
-    values = F.embedding(cells, table).permute(0, 3, 1, 2)
-    for layer in layers:
-        values = values * on_map  # what lies outside a map is 0 to each layer
-        values = F.conv2d(values, layer.weight, layer.bias)
-        values = values if layer is head.cls_score else values.relu()
-        cut = layer.kernel_size[0] // 2
-        on_map = on_map[..., cut : on_map.shape[-2] - cut, cut : on_map.shape[-1] - cut]
-    values = values.flatten(1).unflatten(1, (num_anchors, -1))
-    own = ((anchor - first) % num_anchors)[:, None, None]
-    return values.take_along_dim(own, dim=1).squeeze(1)
+    y, x = cell // width + around[:, None], cell % width + around  # (M, window, 1), (M, 1, window)
+    on_map = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    y, x = torch.minimum(y.clamp_min(0), height - 1), torch.minimum(x.clamp_min(0), width - 1)
+    rows_of_image = first_cell + image[:, None, None] * height * width
+    own = (anchor - first_anchor.flatten()) % num_anchors
+    return rows_of_image + y * width + x, on_map, own
 
 
 def single_logits(
@@ -131,10 +146,13 @@ def _count_anchors(
     return num_anchors, counts
 
 
+def _class_layers(head: RetinaNetHead) -> List[nn.Conv2d]:
+    return [x for x in head.cls_subnet if isinstance(x, nn.Conv2d)] + [head.cls_score]
+
+
 def _class_maps(head: RetinaNetHead, features: Tensor, mask: Tensor) -> Tensor:
     """(N, H, W, A K) class logits where the (N, H, W) mask is set, 0 elsewhere."""
-    layers = [x for x in head.cls_subnet if isinstance(x, nn.Conv2d)] + [head.cls_score]
-    masks = [mask]
+    layers, masks = _class_layers(head), [mask]
     for layer in layers[:0:-1]:  # what a layer reads, the one before it must have computed
         size = layer.kernel_size[0]
         wider = F.max_pool2d(masks[0].float(), size, stride=1, padding=size // 2) > 0

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import zipfile
+from textwrap import shorten
 from typing import Callable
 
 import torch
@@ -73,8 +74,9 @@ class AtomicCheckpointer(SafeCheckpointer):
             if "Error(s) in loading state_dict" not in str(error):
                 raise
             raise ValueError(
-                f"{path} was written with other keys of MODEL.GLOBALKD than those of this run: "
-                f"{error}. Resume it with its own keys, or train into another OUTPUT_DIR."
+                f"{path} was written with other keys of MODEL.GLOBALKD than those of this run, "
+                "such as LOSSES. Resume it with its own keys, or train into another OUTPUT_DIR. "
+                f"{shorten(str(error), 500)}"
             ) from error
 
 

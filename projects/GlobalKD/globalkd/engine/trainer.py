@@ -64,7 +64,9 @@ class DistillTrainer(DefaultTrainer):
         teacher_classes = ()
         if self.distiller is not None:
             teacher_classes = self.distiller.teacher.class_names
-            self.checkpointer.add_checkpointable("distiller", self.distiller)
+            # Loaded before the optimizer, which would not say that the losses are others.
+            own = {"distiller": self.distiller}
+            self.checkpointer.checkpointables = {**own, **self.checkpointer.checkpointables}
             self._trainer.register_hooks([NonFiniteCheck()])  # it alone calls after_backward
         # Again: the teacher is known by now, and so are classes that only a loaded dataset tells.
         check_classes(cfg, teacher_classes)
@@ -180,6 +182,11 @@ class DistillTrainer(DefaultTrainer):
                 f"({self.cfg.OUTPUT_DIR}): copy them, or use a folder that all of them see."
             )
         if not resuming:
+            if resume:
+                logger.warning(
+                    f"Nothing to resume: OUTPUT_DIR ({self.cfg.OUTPUT_DIR}) has no checkpoint. "
+                    "Training starts at iteration 0."
+                )
             return
         if self.cfg.DATALOADER.EXACT_RESUME:
             self.data_loader.start_at(self.start_iter, self.run_state.seed)

@@ -27,7 +27,8 @@ def coefficient_loss(student: Tensor, teacher: Tensor, weight: Tensor, penalty: 
         distance = 0.5 * (student - teacher).square()
     else:
         distance = F.smooth_l1_loss(student, teacher, reduction="none")
-    return (distance.sum(dim=2) * weight).sum() / max(weight.numel(), 1)
+    by_level = (distance.sum(dim=2) * weight).sum(dim=1) / max(weight.shape[1], 1)
+    return by_level.mean()
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -39,6 +39,9 @@ class BackbonePass:
         """Take the backbone's parameters anew: they were moved or changed."""
         self._calls: Dict[Optional[torch.dtype], Callable] = {}
 
+    def __getstate__(self):
+        return {**self.__dict__, "_calls": {}}  # a copy makes its own
+
     def __call__(self, images: Tensor) -> Dict[str, Tensor]:
         """
         Args:
