@@ -106,6 +106,7 @@ def measure(case: Case, batch: List[dict], losses: Dict[str, List[str]], rounds:
             continue
     times, peaks = {name: [] for name in calls}, {}
     for name, call in calls.items():
+        call(batch)  # a graph is recorded at the second call: its memory counts
         case.student.zero_grad(set_to_none=True)
         with PeakMemory(case.device) as peaks[name]:
             call(batch)

@@ -55,15 +55,18 @@ def other_ways(case: Case, batch: List[dict]) -> Dict[str, Callable]:
     default = case.teacher
     images = default.model.preprocess_image(batch).tensor
 
+    if case.device == "cpu":  # as the default
+        images = images.contiguous(memory_format=torch.channels_last)
+
     def inference_mode():
         with torch.inference_mode():
-            default.model.backbone(images.contiguous(memory_format=torch.channels_last))
+            default.model.backbone(images)
 
     cut = cut_backbone(default.model.backbone, ["p3", "p4", "p5", "p6"])
 
     def without_finest_level():
         with torch.no_grad():
-            cut(images.contiguous(memory_format=torch.channels_last))
+            cut(images)
 
     return {"inference mode": inference_mode, "no loss reads p2": without_finest_level}
 

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from torch import nn
 
 from globalkd.teacher import cuda_graphs
@@ -11,45 +14,82 @@ from globalkd.teacher.backbone_pass import BackbonePass
 from globalkd.teacher.cuda_graphs import GraphedBackbone
 
 
-class Backbone(nn.Module):
+def resnet(norm):
+    """A small ResNet with an FPN whose norms stay."""
+    torch.manual_seed(0)
+    cfg = get_cfg()
+    stages = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = stages
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM = 32, norm
+    backbone = build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)).eval().requires_grad_(False)
+    for module in backbone.modules():
+        if isinstance(module, (nn.GroupNorm, nn.BatchNorm2d)):  # with weights that no 16 bits hold
+            module.weight.add_(0.1 * torch.rand_like(module.weight))
+    return backbone
+
+
+class Simple(nn.Module):
+    """For the recordings, which take any backbone."""
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.norm = nn.GroupNorm(2, 8)
-        self.second = nn.Conv2d(8, 6, 1)
+        self.first, self.second = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 6, 1)
 
     def forward(self, x):
-        x = self.norm(self.first(x)).relu()
+        x = self.first(x).relu()
         return {"p2": x, "p3": self.second(x)}
+
+
+class OwnPrecision(nn.Module):
+    """A backbone with a part that refuses to be in lower precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return {"p2": self.conv(x.float())}
 
 
 @pytest.fixture
 def backbone():
-    return Backbone().eval().requires_grad_(False)
+    return Simple().eval().requires_grad_(False)
 
 
 def images(*size, seed=0):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-def test_converted_weights_give_what_autocast_gives(backbone):
-    x = images(2, 3, 16, 24)
+@pytest.mark.parametrize("norm", ["", "GN", "BN"])
+def test_converted_weights_give_what_autocast_gives(norm):
+    backbone, x = resnet(norm), images(2, 3, 64, 96)
+    backbone.to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         expected = backbone(x.contiguous(memory_format=torch.channels_last))
         found = BackbonePass(backbone)(x)
+    assert all(x.isfinite().all() for x in expected.values())
     assert {n: m.dtype for n, m in found.items()} == {n: m.dtype for n, m in expected.items()}
     assert all(torch.equal(found[name], m) for name, m in expected.items())
-    assert backbone.first.weight.dtype == torch.float32, "the backbone itself is not converted"
+    assert all(x.dtype == torch.float32 for x in backbone.parameters()), "itself it is converted"
 
 
-def test_each_precision_has_its_own_weights_until_they_change(backbone):
-    run, x = BackbonePass(backbone), images(1, 3, 8, 8)
+def test_other_backbones_run_under_autocast_as_they_are():
+    backbone, x = OwnPrecision().eval().requires_grad_(False), images(1, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(BackbonePass(backbone)(x), backbone(x))
+
+
+def test_each_precision_has_its_own_weights_until_they_change():
+    backbone, x = resnet(""), images(1, 3, 64, 64)
+    run = BackbonePass(backbone)
     exact = run(x)
     with torch.autocast("cpu", torch.bfloat16):
         before = run(x)
     assert all(torch.equal(run(x)[name], m) for name, m in exact.items())
-    backbone.second.weight.mul_(2)
+    backbone.fpn_output3.weight.mul_(2)
     run.forget()
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(run(x)["p3"], before["p3"])
@@ -60,7 +100,7 @@ def graphed(backbone, monkeypatch):
     """A recording that launches its kernels anew: as a graph, it reads and writes fixed memory."""
     recordings = []
 
-    def record(run, pool):
+    def record(run, _stream, pool):
         recordings.append(run)
         return run, "pool"
 
@@ -117,5 +157,5 @@ def test_a_copy_of_a_pass_is_its_own(backbone):
     run, x = BackbonePass(backbone), images(1, 3, 8, 8)
     before = run(x)
     other = copy.deepcopy(run)
-    backbone.first.weight.zero_()
+    backbone.second.weight.zero_()
     assert torch.equal(other(x)["p3"], before["p3"]) and not torch.equal(run(x)["p3"], before["p3"])

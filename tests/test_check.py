@@ -47,6 +47,12 @@ def test_a_plain_configuration_can_be_checked(tiny_cfg, checked):
     assert any("nothing is distilled" in warning for warning in report.warnings)
 
 
+@pytest.mark.parametrize("distill", [True, False])
+def test_classes_with_few_prototypes_concern_a_distilled_run_alone(distill, tiny_cfg, checked):
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.PROTOTYPES.NUM", 1000, distill=distill)
+    assert ("and so with fewer prototypes" in checked(cfg)[1]) == distill
+
+
 def test_no_gpu_is_one_process(tiny_cfg, checked):
     """With a GPU or without, train_net.py takes --num-gpus 0."""
     report, text = checked(tiny_cfg("rcnn", "MODEL.RETINANET.NORM", "BN"), num_gpus=0)

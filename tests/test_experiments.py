@@ -329,3 +329,13 @@ def test_a_summary_says_which_seeds_a_row_has(table):
     results = results_of(table, {"plain": [30, 31, 32], "ours": [35, 37]})
     text = render_summary({"Small": (table, results)}, ["plain", "ours"])
     assert "| 36.00 ± 1.41 (seeds [1, 2]) |" in text
+
+
+def test_a_row_of_the_teachers_config_with_other_opts_is_refused(tmp_path):
+    path = tmp_path / "table.yaml"
+    path.write_text(
+        "{title: t, data: d, baseline: a, teacher: {config: T, opts: [SEED, 1]},"
+        " rows: [{name: a, config: T, opts: [SEED, 2]}]}"
+    )
+    with pytest.raises(ValueError, match="row 'a' has the teacher's config and other opts"):
+        load_table(path, 1)

@@ -67,7 +67,7 @@ def retinanet_head(norm=""):
     return head
 
 
-@pytest.mark.parametrize("count", [0, 1, 12])
+@pytest.mark.parametrize("count", [0, 1, 12, 80])  # of the last, windows would cost too much
 @torch.no_grad()
 def test_logits_of_some_anchors_are_the_heads(count, monkeypatch):
     head = retinanet_head()

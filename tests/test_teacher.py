@@ -112,6 +112,9 @@ def test_missing_entries_are_named(stock, weights):
 def test_entries_of_another_shape_are_named(weights):
     with pytest.raises(ValueError, match="of another shape: .*fc2"):
         build_teacher(QUICK, str(weights), [*SMALL, "MODEL.ROI_BOX_HEAD.FC_DIM", 48])
+    other = [*SMALL, "MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    with pytest.raises(ValueError, match=r"shape \(\d+.* in the file and \(\d.*number of classes"):
+        build_teacher(QUICK, str(weights), other)
 
 
 @pytest.mark.faults

@@ -117,7 +117,8 @@ def _add_teacher_keys(node: CN) -> None:
     node.TEACHER.INPUT_SCALE = 1.0
     # True records the kernels of the teacher's backbone once for each shape of input and replays
     # them: a GPU that waits for the host to launch them no longer does. The same maps; on a CPU
-    # nothing changes. It takes the memory of one pass, and part of a second for each new shape.
+    # nothing changes. It keeps the memory of a pass (for each shape that is larger than all before
+    # it) and takes part of a second for a new shape. ResNets, with FPN or without, can be recorded.
     node.TEACHER.CUDA_GRAPHS = False
     # True runs the teacher's backbone on a CUDA stream of its own, beside the student's forward.
     # The same maps; on a CPU nothing changes. Where it was timed, it gained nothing; see

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-#: Windows of `window_logits` that are in memory at a time: 250 MB for a head of four layers.
+#: Windows of `window_logits` that are in memory at a time: 250 MB of a head of four layers' input.
 WINDOWS_PER_CHUNK = 2048
 
 
@@ -47,8 +47,8 @@ def convolve_cells(conv: nn.Conv2d, features: Tensor, cells: Tensor) -> Tensor:
 
 def has_local_classes(head: nn.Module) -> bool:
     """Whether `single_logits` can evaluate a head: RetinaNet's, without norms in its tower."""
-    return isinstance(head, RetinaNetHead) and all(
-        isinstance(layer, (nn.Conv2d, nn.ReLU)) for layer in head.cls_subnet
+    return type(head) is RetinaNetHead and all(
+        type(layer) in (nn.Conv2d, nn.ReLU) for layer in head.cls_subnet
     )
 
 
@@ -62,21 +62,31 @@ def window_logits(
     """
     num_anchors, counts = _count_anchors(head, maps, num_rows)
     layers = _class_layers(head)
-    reach = sum(layer.kernel_size[0] // 2 for layer in layers)
+    cuts = [layer.kernel_size[0] // 2 for layer in layers]
+    reach = sum(cuts)
+    cells_of_window = sum((2 * sum(cuts[i + 1 :]) + 1) ** 2 for i in range(len(cuts)))
+    if len(rows) * cells_of_window > len(layers) * num_rows // num_anchors:
+        return _logits_of_all(head, maps, num_anchors)[rows]  # costs less than so many windows
     table = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])  # (cells, D)
     logits = []
     for part in rows.split(WINDOWS_PER_CHUNK):
         cells, on_map, own = _windows(part, maps, counts, num_anchors, reach)
         values = F.embedding(cells, table).permute(0, 3, 1, 2)  # (M, D, window, window)
-        for layer in layers:
+        for layer, cut in zip(layers, cuts):
             values = values * on_map[:, None]  # what lies outside a map is 0 to each layer
             values = F.conv2d(values, layer.weight, layer.bias)
             values = values if layer is head.cls_score else values.relu()
-            cut = layer.kernel_size[0] // 2
             on_map = on_map[:, cut : on_map.shape[1] - cut, cut : on_map.shape[2] - cut]
         values = values.flatten(1).unflatten(1, (num_anchors, -1))
         logits.append(values.take_along_dim(own[:, None, None], dim=1).squeeze(1))
     return torch.cat(logits)
+
+
+def _logits_of_all(head: RetinaNetHead, maps: Sequence[Tensor], num_anchors: int) -> Tensor:
+    """(rows, K) of all anchors, in their order."""
+    scores = [head.cls_score(head.cls_subnet(x)).unflatten(1, (num_anchors, -1)) for x in maps]
+    scores = [x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in scores]
+    return torch.cat(scores, dim=1).flatten(0, 1)
 
 
 def _windows(

@@ -165,6 +165,12 @@ def _read_row(path: Path, table: dict, row: dict, seeds: int) -> Row:
         _read_needed(path, table, row.get(key, table.get(key))) for key in ("teacher", "start")
     )
     if teacher and row["config"] == teacher.config:  # the teacher's own row
+        if "opts" in row and _read_opts(table, row) != teacher.opts:
+            raise ValueError(
+                f"{path}: row {row['name']!r} has the teacher's config and other opts. The "
+                "teacher's belong to 'teacher'; another training of that config needs "
+                "teacher: false."
+            )
         runs = {1: teacher}
     else:
         opts = _read_opts(table, row)

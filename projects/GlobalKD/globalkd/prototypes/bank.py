@@ -79,7 +79,9 @@ class PrototypeBank(nn.Module):
                 normalize=normalize,
             )
         self.names = list(levels)
-        #: All levels as one; None where their widths differ.
+        widths = {(teacher_channels[name], student_channels[name]) for name in levels}
+        self.same_widths = len(widths) == 1
+        #: All levels as one; made where a GPU first asks for it.
         self.joint: Optional[Projection] = None
         self.register_load_state_dict_post_hook(_prepare_after_loading)
         self._prepare()
@@ -208,7 +210,10 @@ class PrototypeBank(nn.Module):
         device = ours[0].device.type
         with torch.autocast(device, enabled=False):
             # A GPU waits for the host to launch its kernels: few large ones.
-            if self.joint and device != "cpu" and classes is not None and names == self.names:
+            whole = self.same_widths and names == self.names
+            if device != "cpu" and whole and classes is not None:
+                levels = self.levels.values()
+                self.joint = self.joint or Projection.stack([x.projection for x in levels])
                 return project(self.joint, torch.stack(theirs), torch.stack(ours), classes)
             parts = [
                 project(self.levels[name].projection, t, s, classes)
@@ -222,11 +227,7 @@ class PrototypeBank(nn.Module):
         for level in levels:
             level.prepare()
         self.is_ready = any(bool(level.valid.any()) for level in levels)
-        widths = {x.unit_teacher.shape + x.unit_student.shape for x in self._projections()}
-        self.joint = Projection.stack(self._projections()) if len(widths) == 1 else None
-
-    def _projections(self) -> List[Projection]:
-        return [level.projection for level in self.levels.values()]
+        self.joint = None
 
 
 def _prepare_after_loading(bank: PrototypeBank, _incompatible: List) -> None:

@@ -7,19 +7,19 @@ import copy
 from typing import Callable, Dict, Optional
 
 import torch
+from detectron2.layers import Conv2d
+from detectron2.modeling.backbone import FPN, ResNet
 from torch import Tensor, nn
 
 from .cuda_graphs import GraphedBackbone
-
-#: What autocast computes in its lower precision, whichever it is.
-CAST_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 
 
 class BackbonePass:
     """Calls a backbone in the precision of the autocast that surrounds the call.
 
-    Autocast by itself converts a frozen weight again in each pass. Here a second copy of the
-    backbone holds them converted: the same products, without the conversion.
+    Autocast by itself converts a frozen weight again in each pass. Of a ResNet, with an FPN or
+    without, a second copy here holds its convolutions converted: the same products, without the
+    conversion. Other backbones may compute on their weights, and stay with autocast.
     """
 
     def __init__(self, backbone: nn.Module, *, compile: bool = False, cuda_graphs: bool = False):
@@ -61,10 +61,17 @@ class BackbonePass:
 
     def _prepare(self, dtype: Optional[torch.dtype], device: str) -> Callable:
         backbone = self.backbone
-        if dtype is not None:
+        if dtype is not None and _is_resnet(backbone):
             backbone = copy.deepcopy(backbone).to(memory_format=torch.channels_last)
             for module in backbone.modules():
-                if isinstance(module, CAST_MODULES):
-                    module.to(dtype)
+                if type(module) in (Conv2d, nn.Conv2d):
+                    for parameter in module.parameters(recurse=False):  # not those of its norm
+                        parameter.data = parameter.data.to(dtype)
         call = torch.compile(backbone) if self.compile else backbone
         return GraphedBackbone(call) if self.cuda_graphs and device == "cuda" else call
+
+
+def _is_resnet(backbone: nn.Module) -> bool:
+    if type(backbone) is FPN:
+        backbone = backbone.bottom_up
+    return type(backbone) is ResNet

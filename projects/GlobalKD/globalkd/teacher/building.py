@@ -161,7 +161,7 @@ def load_teacher_weights(
         )
     checkpointer.load(weights)
     total = len(model.state_dict())
-    wrong_shape = [key for key, *_ in checkpointer.incompatible.incorrect_shapes]
+    wrong_shape = {key: shapes for key, *shapes in checkpointer.incompatible.incorrect_shapes}
     missing = sorted(set(checkpointer.incompatible.missing_keys) | set(wrong_shape))
     # A counter that old checkpoints lack and that evaluation does not read.
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
@@ -173,11 +173,18 @@ def load_teacher_weights(
     ]
     if missing:
         shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-        _refuse(
+        problem = (
             f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) fills {total - len(missing)} of {total} "
-            f"entries of the teacher. Missing, or of another shape: {shown}",
-            allow_random,
+            f"entries of the teacher. Missing, or of another shape: {shown}"
         )
+        if wrong_shape:
+            key, (saved, needed) = next(iter(wrong_shape.items()))
+            problem += (
+                f". {key} has the shape {tuple(saved)} in the file and {tuple(needed)} by the "
+                "teacher's config: TEACHER.CONFIG_FILE and TEACHER.OPTS must be what the weights "
+                "were trained with, its number of classes too"
+            )
+        _refuse(problem, allow_random)
     if unused and not allow_random:
         raise ValueError(
             f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) holds {len(unused)} entries of a backbone "

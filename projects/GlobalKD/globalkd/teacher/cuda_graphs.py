@@ -5,6 +5,7 @@ kernels one by one. A CUDA graph launches all of them at once.
 """
 
 import logging
+from contextlib import nullcontext
 from typing import Callable, Dict, Set, Tuple
 
 import torch
@@ -21,8 +22,8 @@ Maps = Dict[str, Tensor]
 class GraphedBackbone:
     """Calls a frozen backbone on a GPU; from the second input of a shape on, as a graph.
 
-    All graphs share one input, one output a level and the memory in between: together they need
-    what the largest shape does.
+    All graphs share one input, one output a level and the memory in between. A shape that is larger
+    than all before it gets new memory, and those before it keep theirs.
     """
 
     def __init__(self, backbone: Callable[[Tensor], Maps]):
@@ -44,6 +45,10 @@ class GraphedBackbone:
         Returns:
             The backbone's maps. They hold until the next call.
         """
+        with torch.cuda.device(images.device) if images.is_cuda else nullcontext():
+            return self._call(images)
+
+    def _call(self, images: Tensor) -> Maps:
         key = images.shape, images.stride()
         if key not in self._graphs:
             if key not in self._seen:  # a shape that comes but once is not worth a recording
@@ -79,7 +84,13 @@ class GraphedBackbone:
             for name, x in self._backbone(images_in).items():
                 maps[name].copy_(x)
 
-        replay, self._pool = record(run, self._pool)
+        try:
+            replay, self._pool = record(run, aside, self._pool)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "MODEL.GLOBALKD.TEACHER.CUDA_GRAPHS: the teacher's backbone cannot be recorded, as "
+                f"one that makes the host wait cannot. Set it to False. {error}"
+            ) from error
         return replay, images_in, maps
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -90,14 +101,20 @@ class GraphedBackbone:
         return memory[: like.numel()].as_strided(like.shape, like.stride())
 
 
-def record(run: Callable[[], None], pool) -> Tuple[Callable, object]:
-    """Record what a function launches, with temporary memory from a pool (None for a new one).
+def record(run: Callable[[], None], stream, pool) -> Tuple[Callable, object]:
+    """Record what a function launches.
+
+    Args:
+        run: the function.
+        stream: where to record; none that is in use.
+        pool: whose temporary memory to share; None for a new one.
 
     Returns:
         What replays it, and the pool.
     """
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as a loader's that pins memory, may use the GPU meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    mode = "thread_local"
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
         run()
     return graph.replay, graph.pool()

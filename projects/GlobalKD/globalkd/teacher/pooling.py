@@ -11,7 +11,7 @@ from torch import Tensor
 
 def pools_without_waiting(pooler: ROIPooler) -> bool:
     """Whether `pool` knows its kind of pooling."""
-    return all(isinstance(x, ROIAlign) for x in pooler.level_poolers)
+    return type(pooler) is ROIPooler and all(isinstance(x, ROIAlign) for x in pooler.level_poolers)
 
 
 def pool(pooler: ROIPooler, maps: List[Tensor], rois: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class Teacher:
 
     A plain object, not a module: as an attribute of the student it adds nothing to parameters,
     `state_dict()`, DDP or the optimizer. Its owner forwards `_apply` to `apply_` so that `.to()`
-    and `.cuda()` reach it.
+    and `.cuda()` reach it. After its first pass its weights are not to be changed in another way:
+    a copy of them in a lower precision would stay as it was.
     """
 
     def __init__(

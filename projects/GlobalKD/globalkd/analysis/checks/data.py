@@ -19,6 +19,7 @@ from ...data.config_checks import (
     require_images,
 )
 from ...prototypes.extraction import usable_boxes
+from ..runs import is_distilled
 from .report import CheckReport, shortened
 
 DATASET_KEYS = ("COCO", "VOC")
@@ -172,7 +173,7 @@ def _check_prototype_counts(train: List[DatasetSummary], cfg: CfgNode, report: C
         instances.update(summary.instances)
         candidates.update(summary.candidates)
     few = [f"{x} ({candidates[x]})" for x in instances if instances[x] and candidates[x] < node.NUM]
-    if few and cfg.MODEL.GLOBALKD.ENABLED:
+    if few and is_distilled(cfg):
         report.warn(
             f"Classes with fewer boxes of at least MIN_BOX_SIZE ({node.MIN_BOX_SIZE:g}) than "
             f"MODEL.GLOBALKD.PROTOTYPES.NUM ({node.NUM}), and so with fewer prototypes: "
