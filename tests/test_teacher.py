@@ -21,9 +21,9 @@ from globalkd.data import register_datasets
 from globalkd.distiller import Distiller
 from globalkd.losses import ResponseKnowledge
 from globalkd.teacher import Teacher
+from globalkd.teacher.box_head import pool, pools_without_waiting
 from globalkd.teacher.building import build_teacher, fold_norms, teacher_config
 from globalkd.teacher.cutting import cut_backbone
-from globalkd.teacher.pooling import pool, pools_without_waiting
 
 QUICK = str(ROOT / "configs/quick/Base-digits-rcnn.yaml")
 SMALL = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.DEVICE", "cpu"]

@@ -10,8 +10,7 @@ from typing import Callable, Collection, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -19,8 +18,8 @@ from ..dense_head import DenseOutputs, find_dense_head
 from ..requirement import require
 from ..sparse_convolution import has_local_classes, single_logits, window_logits
 from .backbone_pass import BackbonePass
+from .box_head import box_head_logits
 from .cutting import cut_backbone
-from .pooling import pool, pools_without_waiting
 from .side_stream import SideStream
 
 #: MODEL.GLOBALKD.TEACHER.PRECISION; None leaves the teacher in what surrounds it.
@@ -195,29 +194,15 @@ class Teacher:
             (R, K + 1), background last. A cascade gives the logarithm of the mean probability of
             its stages, whose softmax is what it predicts.
         """
-        heads, boxes = self.model.roi_heads, boxes * self.input_scale
+        scale = self.input_scale
+        image_sizes = [(round(h * scale), round(w * scale)) for h, w in image_sizes]
         # Heads may log; not among the student's scalars.
         with EventStorage(), self._own_precision():
-            if boxes.is_cuda and type(heads) is StandardROIHeads:
-                pooler, maps = heads.box_pooler, [features[f] for f in heads.box_in_features]
-                if pools_without_waiting(pooler):
-                    rois = torch.cat([image_index[:, None].to(boxes), boxes], dim=1)
-                    pooled = heads.box_head(pool(pooler, maps, rois))
-                    return self._returned(heads.box_predictor(pooled)[0])
-            proposals = self._proposals(boxes, image_index, image_sizes)
-            return self._returned(_box_logits(heads, features, proposals))
-
-    def _proposals(
-        self, boxes: Tensor, image_index: Tensor, image_sizes: List[tuple]
-    ) -> List[Instances]:
-        """Rescaled boxes as Detectron2's heads take them, image by image."""
-        images = torch.arange(len(image_sizes), device=image_index.device)
-        counts = (image_index == images[:, None]).sum(dim=1).tolist()  # bincount would wait twice
-        scale = self.input_scale
-        return [
-            Instances((round(h * scale), round(w * scale)), proposal_boxes=Boxes(b))
-            for (h, w), b in zip(image_sizes, boxes.split(counts))
-        ]
+            return self._returned(
+                box_head_logits(
+                    self.model.roi_heads, features, boxes * scale, image_index, image_sizes
+                )
+            )
 
     @torch.no_grad()
     def dense_outputs(self, features: Dict[str, Tensor], anchors: Sequence[Boxes]) -> DenseOutputs:
@@ -260,26 +245,3 @@ def _resize(maps: Tensor, scale: float, antialias: bool = False) -> Tensor:
         antialias=antialias and scale < 1,
         recompute_scale_factor=False,
     )
-
-
-def _box_logits(heads: nn.Module, features: Dict[str, Tensor], proposals: List[Instances]):
-    boxes = [p.proposal_boxes for p in proposals]
-    if isinstance(heads, CascadeROIHeads):
-        return _cascade_logits(heads, features, proposals)
-    if isinstance(heads, Res5ROIHeads):
-        pooled = heads._shared_roi_transform([features[f] for f in heads.in_features], boxes)
-        return heads.box_predictor(pooled.mean(dim=[2, 3]))[0]
-    pooled = heads.box_pooler([features[f] for f in heads.box_in_features], boxes)
-    return heads.box_predictor(heads.box_head(pooled))[0]
-
-
-def _cascade_logits(heads: CascadeROIHeads, features: Dict[str, Tensor], proposals):
-    maps = [features[f] for f in heads.box_in_features]
-    sizes = [p.image_size for p in proposals]
-    probabilities = []
-    for stage in range(heads.num_cascade_stages):
-        predictions = heads._run_stage(maps, proposals, stage)
-        probabilities.append(predictions[0].float().softmax(dim=-1))
-        boxes = heads.box_predictor[stage].predict_boxes(predictions, proposals)
-        proposals = heads._create_proposals_from_boxes(boxes, sizes)
-    return torch.stack(probabilities).mean(dim=0).clamp_min(1e-12).log()
