@@ -46,9 +46,7 @@ Rendered by `make results` from the result files in `results/`: one for each run
 configuration, overrides, seed, command, commit, machine and metrics. A table is a file in
 `results/tables/`, a matrix of configurations and seeds; all its students share a teacher and a
 start, as students that begin with ImageNet weights do. A training repeats to the digit on
-processors of one kind only, so that what a table compares was run on machines of one kind. (The
-files of the methods' tables are older: they do not name the processor, and most have no digest of
-their configuration, so that a change since would not be noticed.)
+processors of one kind only, so that what a table compares was run on machines of one kind.
 
 ```bash
 make reproduce TABLE=digits_modules SEEDS=3                          # one training after the other
