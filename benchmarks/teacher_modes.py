@@ -44,6 +44,9 @@ def teachers_of(case: Case, compiled: bool) -> Dict[str, Teacher]:
     if compiled:
         settings["COMPILE"] = {"compile": True}
         settings["COMPILE, bf16"] = {"compile": True, "precision": "bf16"}
+    if compiled and case.device == "cuda":
+        modes = {"cuda_graphs": True, "compile": True, "precision": "fp16"}
+        settings["CUDA_GRAPHS, COMPILE, fp16"] = modes
     make = {"input_format": case.teacher.input_format}
     teachers = {"default": Teacher(model, **make)}
     teachers.update({name: Teacher(model, **make, **kwargs) for name, kwargs in settings.items()})

@@ -7,10 +7,12 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from test_gpu_simulated import fake, moved
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from globalkd.teacher import cuda_graphs
-from globalkd.teacher.backbone_pass import BackbonePass
+from globalkd.teacher import backbone_pass, cuda_graphs
+from globalkd.teacher.backbone_pass import BackbonePass, has_tf32
 from globalkd.teacher.cuda_graphs import GraphedBackbone
 
 
@@ -93,6 +95,32 @@ def test_each_precision_has_its_own_weights_until_they_change():
     run.forget()
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(run(x)["p3"], before["p3"])
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_a_gpu_has_channels_last_in_float32_where_it_has_tf32(tf32, monkeypatch):
+    monkeypatch.setattr(backbone_pass, "has_tf32", lambda _: tf32)
+    backbone, seen = resnet(""), []
+    backbone.bottom_up.stem.register_forward_hook(lambda _, x, y: seen.extend([x[0], y]))
+    with FakeTensorMode():
+        moved(backbone, fake("cuda"))
+        maps = BackbonePass(backbone)(torch.empty(2, 3, 64, 64, device="cuda"))
+    layout = torch.channels_last if tf32 else torch.contiguous_format
+    assert all(x.is_contiguous(memory_format=layout) for x in [*seen, maps["p2"]])
+    assert {m.dtype for m in maps.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "expected"),
+    [((9, 0), "tf32", True), ((8, 0), "ieee", False), ((7, 5), "tf32", False)],
+)
+def test_tf32_is_of_the_gpu_and_of_pytorchs_flag(capability, precision, expected, monkeypatch):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    flags = type("Flags", (), {"fp32_precision": precision})
+    monkeypatch.setattr(torch.backends.cudnn, "conv", flags, raising=False)
+    assert has_tf32(torch.device("cuda")) == expected
+    assert not has_tf32(torch.device("cpu"))
 
 
 @pytest.fixture

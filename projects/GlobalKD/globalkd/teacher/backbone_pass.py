@@ -50,25 +50,43 @@ class BackbonePass:
         Returns:
             level -> map, in any memory format. With CUDA graphs they hold until the next call.
         """
-        device = images.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        device = images.device
+        on = device.type
+        dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else None
         if dtype not in self._calls:
             self._calls[dtype] = self._prepare(dtype, device)
-        # Where convolutions run faster on it: everywhere on a CPU, in 16 bits on a GPU.
-        if device == "cpu" or dtype is not None:
-            images = images.contiguous(memory_format=torch.channels_last)
         return self._calls[dtype](images)
 
-    def _prepare(self, dtype: Optional[torch.dtype], device: str) -> Callable:
-        backbone = self.backbone
-        if dtype is not None and _is_resnet(backbone):
-            backbone = copy.deepcopy(backbone).to(memory_format=torch.channels_last)
-            for module in backbone.modules():
-                if type(module) in (Conv2d, nn.Conv2d):
-                    for parameter in module.parameters(recurse=False):  # not those of its norm
-                        parameter.data = parameter.data.to(dtype)
+    def _prepare(self, dtype: Optional[torch.dtype], device: torch.device) -> Callable:
+        backbone, is_resnet = self.backbone, _is_resnet(self.backbone)
+        in_16_bits = dtype is not None
+        # Where convolutions run faster on it.
+        channels_last = device.type == "cpu" or in_16_bits or (is_resnet and has_tf32(device))
+        if in_16_bits and is_resnet:
+            backbone = copy.deepcopy(backbone)
+        for module in backbone.modules() if channels_last and is_resnet else ():
+            if type(module) in (Conv2d, nn.Conv2d):
+                weight, bias = module.weight, module.bias  # not those of its norm
+                weight.data = weight.data.to(dtype=dtype, memory_format=torch.channels_last)
+                if bias is not None:
+                    bias.data = bias.data.to(dtype=dtype)
         call = torch.compile(backbone) if self.compile else backbone
-        return GraphedBackbone(call) if self.cuda_graphs and device == "cuda" else call
+        if self.cuda_graphs and device.type == "cuda":
+            call = GraphedBackbone(call)
+        if not channels_last:
+            return call
+        return lambda images: call(images.contiguous(memory_format=torch.channels_last))
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether float32 convolutions run on tensor cores, as PyTorch lets them on recent GPUs."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if hasattr(torch.backends.cudnn, "conv"):  # PyTorch 2.9; it may refuse to tell the older flag
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
 
 
 def _is_resnet(backbone: nn.Module) -> bool:
