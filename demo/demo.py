@@ -101,14 +101,14 @@ def name_classes(names, labels):
 
 
 def as_json(instances, names):
-    """Detections as a list of dicts: category_id, category, score, bbox (x, y, width, height)."""
+    """Detections as a list of dicts: label, category, score, bbox (x, y, width, height)."""
     boxes = BoxMode.convert(instances.pred_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     labels = instances.pred_classes.tolist()
     names = name_classes(names, labels)
     rows = zip(labels, instances.scores.tolist(), boxes.tolist())
     return [
         {
-            "category_id": label,
+            "label": label,
             "category": names[label],
             "score": round(score, 4),
             "bbox": [round(x, 2) for x in box],

@@ -202,8 +202,11 @@ def test_the_audit_of_a_run(untrained_run, scenes, planted):
     analyze([*argv, "--opts", "DATASETS.COCO", repr(entries)])
     DatasetCatalog.remove("audited")
     rows = list(csv.DictReader((folder / "audit/audit.csv").open()))
-    assert len(rows) == len(json.loads(planted[0].read_text())["annotations"])
+    truth = by_id(json.loads(planted[0].read_text())["annotations"])
+    assert len(rows) == len(truth)
     for row in rows:
+        box = truth[int(row["annotation"])]["bbox"]
+        assert [float(row["x1"]), float(row["y1"])] == pytest.approx(box[:2], abs=0.06)
         assert -1 <= float(row["other_class"]) <= 1 and 0 <= float(row["unexplained"]) <= 1
         assert 0 <= float(row["unseen"]) <= 1 and 0 <= float(row["unreliability"]) <= 1
     measured = list(csv.DictReader((folder / "audit/measured.csv").open()))

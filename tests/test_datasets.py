@@ -176,15 +176,31 @@ def test_a_nested_key_of_the_same_name_is_not_taken_for_the_categories(tmp_path)
     assert read_categories(str(tmp_path / "x.json")) == [{"id": 1, "name": "right"}]
 
 
-def test_boxes_of_no_area_or_outside_the_image_are_dropped_with_one_warning(tmp_path, caplog):
-    kept = [[0, 0, 5, 5], [38, 28, 10, 10], [-4, -4, 5, 5]]
+def test_annotations_keep_their_ids_and_those_of_categories_are_no_news(tmp_path, caplog):
+    boxes = [[0, 0, 5, 5], [50, 50, 5, 5], [9, 9, 5, 5]]
+    register_datasets(config(coco=[write_coco(tmp_path, boxes=boxes)]))
+    (record,) = DatasetCatalog.get("mine")
+    assert [(a["id"], a["category_id"]) for a in record["annotations"]] == [(1, 1), (3, 1)]
+    assert "Category ids" not in caplog.text and "dropped 1 boxes" in caplog.text
+    logging.getLogger("detectron2.data.datasets.coco").warning(
+        "Category ids in annotations are not"
+    )
+    assert "Category ids" in caplog.text, "the filter stays"
+
+
+def test_boxes_of_no_area_or_outside_the_image_are_dropped_and_counted(tmp_path, caplog):
+    kept = [[0, 0, 5, 5], [38, 28, 10, 10], [-4, -4, 5, 5], [35, 25, 6, 6]]
     lost = [[3, 3, 0, 5], [3, 3, 5, -1], [41, 3, 5, 5], [3, -9, 5, 9], [3, float("nan"), 5, 5]]
     register_datasets(config(coco=[write_coco(tmp_path, boxes=kept + lost)]))
     with caplog.at_level(logging.WARNING, logger="globalkd"):
         (record,) = DatasetCatalog.get("mine")
     assert [a["bbox"] for a in record["annotations"]] == kept
-    (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("globalkd")]
-    assert "mine: dropped 5 boxes" in warning and "in 1 images: a.png" in warning
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("globalkd")]
+    assert [x.split(", ")[0] for x in ours] == [
+        "mine: dropped 5 boxes of no area",
+        "mine: 2 of 9 boxes reach more than a pixel beyond their image",
+    ]
+    assert all(x.endswith("in 1 images: a.png") for x in ours)
 
 
 def write_shapes(folder, shapes):

@@ -56,7 +56,7 @@ def test_a_folder_gives_a_picture_and_detections_an_image(
         assert bool(result["detections"]) == bool((picture != image).any())
         for detection in result["detections"]:
             assert detection["score"] >= 0.08
-            assert detection["category"] == str(detection["category_id"])
+            assert detection["category"] == str(detection["label"])
             x, y, width, height = detection["bbox"]
             assert x >= 0 and x + width <= 64.01 and y >= 0 and y + height <= 64.01
 

@@ -392,6 +392,13 @@ def test_heads_that_score_each_class_alone_are_not_compared(tiny_cfg):
         build(cfg)
 
 
+@pytest.mark.faults
+def test_an_architecture_that_does_not_fit_the_rest_of_the_config_is_named(tiny_cfg):
+    cfg = tiny_cfg("rcnn", "MODEL.META_ARCHITECTURE", "DistillRetinaNet")
+    with pytest.raises(ValueError, match="no level 'p7'.*RETINANET.IN_FEATURES.*META_ARCHITECTURE"):
+        build(cfg)
+
+
 def test_reliability_is_taken_from_the_nearest_level(tiny_cfg, batch):
     cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.IN_FEATURES", ["p2", "p4", "p6"])
     distiller = build(cfg).distiller

@@ -84,7 +84,11 @@ class DistillMixin:
 
     @classmethod
     def from_config(cls, cfg):
-        kwargs = super().from_config(cfg)
+        try:
+            kwargs = super().from_config(cfg)
+        except KeyError as error:
+            _explain_missing_level(cfg, error.args[0])
+            raise
         kwargs["distiller"] = Distiller(cfg) if cfg.MODEL.GLOBALKD.ENABLED else None
         return kwargs
 
@@ -122,6 +126,18 @@ class DistillMixin:
         if dense is not None:
             dense = DenseOutputs.collect(dense, recorded["anchors"], *recorded["dense_head"])
         return StudentOutputs(recorded["backbone"], candidates, positives, dense)
+
+
+def _explain_missing_level(cfg, level: Any) -> None:
+    """Raise a ValueError where this is a level that the config asks of a backbone without it."""
+    heads = ("RETINANET", "RPN", "ROI_HEADS")
+    keys = [f"MODEL.{h}.IN_FEATURES" for h in heads if level in cfg.MODEL[h].IN_FEATURES]
+    if keys:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r} has no level {level!r}, which "
+            f"{' and '.join(keys)} names. Is MODEL.META_ARCHITECTURE, "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}, that of the detector in _BASE_?"
+        ) from None
 
 
 def _hide_distiller(_module, state_dict, prefix, _metadata):

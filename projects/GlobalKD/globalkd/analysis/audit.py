@@ -155,12 +155,15 @@ def measure(found: Audit, dataset: str) -> List[dict]:
 
 
 def annotation_rows(found: Audit, names: Sequence[str]) -> List[dict]:
-    """One dict for each annotation, in the dataset's order, with all scores."""
+    """One dict for each annotation, in the dataset's order, with all scores.
+
+    "annotation" is its id in a COCO JSON, else its place in the image's annotations.
+    """
     features = found.annotations.features
     return [
         {
             "file": found.annotations.file(i),
-            "annotation": int(features.annotation_ids[i]),
+            "annotation": found.annotations.rows[i].get("id", int(features.annotation_ids[i])),
             "class": names[int(features.classes[i])],
             "suggested": names[found.suggested[i]],
             **corners(features.boxes[i]),

@@ -10,8 +10,9 @@ import logging
 import mmap
 import os
 import re
+from contextlib import contextmanager
 from functools import partial
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 from unittest import mock
 
 import numpy as np
@@ -26,9 +27,9 @@ from .voc import load_voc_folder, split_file
 
 logger = logging.getLogger(__name__)
 
-#: Fields of an annotation, beyond COCO's, that are kept: how ambiguous it is, and why; what
-#: tools/plant_errors.py did to it.
-EXTRA_KEYS = ["ambiguity", "ambiguity_kind", "planted_error"]
+#: Fields of an annotation, beyond those that Detectron2 reads, that are kept: its id; how ambiguous
+#: it is, and why; what tools/plant_errors.py did to it.
+EXTRA_KEYS = ["id", "ambiguity", "ambiguity_kind", "planted_error"]
 
 COCO_ENTRY = "[name, annotation JSON, image folder]"
 VOC_ENTRY = "[name, folder, split, [class names]]"
@@ -92,13 +93,28 @@ def _load_coco(name: str, json_file: str, image_root: str, masks: bool) -> List[
     reader = partial(CheckedCOCO, name=name, masks=masks)
     try:
         # Detectron2's loader takes the class from there; exchanged for this call only.
-        with mock.patch("pycocotools.coco.COCO", reader):
+        with mock.patch("pycocotools.coco.COCO", reader), _without_remark_on_ids():
             records = load_coco_json(json_file, image_root, name, extra_annotation_keys=EXTRA_KEYS)
     except json.JSONDecodeError as error:
         raise ValueError(f"DATASETS.COCO: {json_file} is not complete JSON: {error}") from error
     except (ValueError, AssertionError) as error:
         raise ValueError(f"DATASETS.COCO: '{name}', {json_file}: {error}") from error
     return drop_empty_boxes(records, name)
+
+
+@contextmanager
+def _without_remark_on_ids() -> Iterator[None]:
+    """Without Detectron2's remark, at each reading, that category ids are no labels."""
+    detectron2_logger = logging.getLogger("detectron2.data.datasets.coco")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "Category ids in annotations are not" not in record.getMessage()
+
+    detectron2_logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        detectron2_logger.removeFilter(is_other)
 
 
 def _register_voc(entry: Sequence) -> None:
@@ -193,7 +209,9 @@ def _decode_list(content, start: int):
 
 
 def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
-    """Remove boxes that are not finite or have no area inside their image; one warning counts them.
+    """Remove boxes that are not finite or have no area inside their image; a warning counts them.
+
+    Another one counts those that reach beyond their image.
 
     Args:
         records: Detectron2 dataset dicts with boxes in XYWH_ABS or XYXY_ABS; changed in place.
@@ -209,15 +227,30 @@ def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
     boxes[is_xywh, 2:] += boxes[is_xywh, :2]
     inside = np.minimum(boxes[:, 2:], sizes) > np.maximum(boxes[:, :2], 0)
     lost = ~(inside.all(axis=1) & np.isfinite(boxes).all(axis=1))
-    dropped = [record["file_name"] for (record, _), x in zip(annotations, lost) if x]
+    beyond = np.maximum(-boxes[:, :2], boxes[:, 2:] - sizes).max(axis=1, initial=0) > 1
+    dropped, reaching = (
+        [record["file_name"] for (record, _), x in zip(annotations, rows) if x]
+        for rows in (lost, beyond & ~lost)
+    )
     lost = iter(lost)
     for record in records if dropped else ():
         record["annotations"] = [a for a in record["annotations"] if not next(lost)]
     if dropped:
-        images = list(dict.fromkeys(os.path.basename(file) for file in dropped))
-        more = ", ..." if len(images) > IMAGES_NAMED_IN_WARNING else ""
         logger.warning(
             f"{name}: dropped {len(dropped)} boxes of no area, outside their image or not finite, "
-            f"in {len(images)} images: {', '.join(images[:IMAGES_NAMED_IN_WARNING])}{more}"
+            f"in {_named(dropped)}"
+        )
+    if reaching:
+        logger.warning(
+            f"{name}: {len(reaching)} of {len(annotations)} boxes reach more than a pixel beyond "
+            "their image, and are cut off there in training (a COCO box is x, y, width, height), "
+            f"in {_named(reaching)}"
         )
     return records
+
+
+def _named(files: List[str]) -> str:
+    """How many images, and the first ones' names."""
+    images = list(dict.fromkeys(map(os.path.basename, files)))
+    more = ", ..." if len(images) > IMAGES_NAMED_IN_WARNING else ""
+    return f"{len(images)} images: {', '.join(images[:IMAGES_NAMED_IN_WARNING])}{more}"
