@@ -7,11 +7,11 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
-from test_gpu_simulated import fake, moved
+from test_gpu_simulated import moved
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from globalkd.teacher import backbone_pass, cuda_graphs
+from globalkd.teacher import cuda_graphs
 from globalkd.teacher.backbone_pass import BackbonePass, has_tf32
 from globalkd.teacher.cuda_graphs import GraphedBackbone
 
@@ -97,15 +97,19 @@ def test_each_precision_has_its_own_weights_until_they_change():
         assert not torch.equal(run(x)["p3"], before["p3"])
 
 
-@pytest.mark.parametrize("tf32", [True, False])
-def test_a_gpu_has_channels_last_in_float32_where_it_has_tf32(tf32, monkeypatch):
-    monkeypatch.setattr(backbone_pass, "has_tf32", lambda _: tf32)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_on_a_gpu_float32_images_have_the_layout_of_the_weights(layout):
     backbone, seen = resnet(""), []
     backbone.bottom_up.stem.register_forward_hook(lambda _, x, y: seen.extend([x[0], y]))
+    layouts = {4: layout}
+
+    def fake(x):
+        chosen = layouts.get(x.dim(), torch.contiguous_format)
+        return torch.empty(x.shape, device="cuda", memory_format=chosen)
+
     with FakeTensorMode():
-        moved(backbone, fake("cuda"))
+        moved(backbone, fake)
         maps = BackbonePass(backbone)(torch.empty(2, 3, 64, 64, device="cuda"))
-    layout = torch.channels_last if tf32 else torch.contiguous_format
     assert all(x.is_contiguous(memory_format=layout) for x in [*seen, maps["p2"]])
     assert {m.dtype for m in maps.values()} == {torch.float32}
 

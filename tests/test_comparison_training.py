@@ -171,3 +171,11 @@ def test_levels_without_anchors_are_named(models):
 def test_a_wrong_setting_is_refused_by_its_key(make, key):
     with pytest.raises(ValueError, match=f"MODEL.GLOBALKD.{key}"):
         make()
+
+
+@pytest.mark.faults
+def test_levels_that_gid_cannot_pool_from_are_named(tiny_cfg):
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["GID"])
+    cfg.MODEL.GLOBALKD.IN_FEATURES = ["p3", "p5"]
+    with pytest.raises(ValueError, match=r"IN_FEATURES is \['p3', 'p5'\].*strides double.*8, 32"):
+        build_model(cfg)

@@ -48,6 +48,16 @@ def test_boxes_of_every_mode_become_corners():
     assert table.boxes.tolist() == [[3, 5, 23, 35], [3, 5, 20, 30], [3, 5, 23, 35]]
 
 
+def test_boxes_end_at_their_image_as_in_training():
+    image = {**record((50, 20, 0), (20, 90, 1)), "width": 30, "height": 40}
+    beyond = {"bbox": [-9, 25, 12, 60], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 2}
+    image["annotations"].append(beyond)
+    table = usable_boxes([image, record((50, 20, 0))], 1.0)
+    ends = [[0, 0, 30, 20], [0, 0, 20, 40], [0, 25, 3, 40], [0, 0, 50, 20]]
+    assert table.boxes.tolist() == ends
+    assert usable_boxes([image], 4.0).annotation_ids.tolist() == [0, 1]
+
+
 def test_every_class_gets_its_images_up_to_the_cap():
     rng = np.random.default_rng(0)
     dicts = [record(*[(9, 9, int(c)) for c in rng.integers(0, 5, 2)]) for _ in range(200)]

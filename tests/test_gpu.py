@@ -143,6 +143,22 @@ def test_graphs_give_the_maps_of_the_same_kernels(kind, precision, side_stream, 
 
 
 @both
+def test_with_tf32_a_teacher_has_channels_last(kind, tiny_cfg):
+    found = []
+    for tf32 in (False, True):
+        torch.backends.cudnn.allow_tf32 = tf32
+        cfg = tiny_cfg(kind, "MODEL.DEVICE", "cuda")
+        register_datasets(cfg)
+        torch.manual_seed(0)
+        teacher = build_model(cfg).distiller.teacher
+        weight = teacher.model.backbone.bottom_up.stem.conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == tf32
+        found.append(teacher.begin(make_batch([2, 3]), "BGR")())
+    assert all(x.is_contiguous() for x in found[1].values())
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+@both
 @pytest.mark.parametrize("graphs", [False, True])
 def test_training_with_mixed_precision_and_every_faster_teacher(kind, graphs, tiny_cfg):
     cfg = tiny_cfg(kind, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 8)

@@ -341,6 +341,18 @@ def test_inherited_heads_are_the_teachers(tiny_cfg, batch):
     )
 
 
+def test_without_a_pyramid_the_backbone_inherits_nothing(tiny_cfg):
+    """The teacher's norms are folded into its convolutions, the student's are not."""
+    cfg = tiny_cfg("rcnn", *C4)
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = [*C4, "MODEL.RESNETS.DEPTH", 50]
+    model = build(cfg)
+    before = copy.deepcopy(model.backbone.state_dict())
+    names = inherit_heads(model, model.distiller.teacher.model)
+    assert any(x.startswith("roi_heads.res5.") for x in names)
+    assert not any(x.startswith("backbone.") for x in names)
+    assert all(torch.equal(before[k], x) for k, x in model.backbone.state_dict().items())
+
+
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
 def test_an_inherited_pyramid_maps_as_the_teachers(norm, tiny_cfg):
     cfg = tiny_cfg("rcnn", "MODEL.FPN.NORM", norm, "MODEL.FPN.OUT_CHANNELS", 64)

@@ -1,5 +1,6 @@
 """Numbers that are not finite: what features may be, and what a loss that is NaN does."""
 
+import copy
 import logging
 
 import hypothesis
@@ -207,6 +208,13 @@ def test_a_skipped_step_has_the_gradients_of_the_detection_losses(diverging, kin
             torch.testing.assert_close(gradient, expected[name], msg=name)
         else:
             assert name.startswith("distiller.losses.") and not gradient.any()
+
+
+def test_a_copy_skips_steps_as_well(diverging, batch):
+    model = diverging("rcnn", "MODEL.GLOBALKD.NON_FINITE_LOSS", "skip", at=(0,)).model
+    step(model, batch)
+    _, found = step(copy.deepcopy(model), batch)
+    assert all(x.isfinite().all() for x in found.values())
 
 
 @pytest.mark.parametrize("kind", ["rcnn", "retinanet"])

@@ -1,5 +1,6 @@
 """Interrupting a training, in every way, and going on: equal to a run that was not interrupted."""
 
+import logging
 import os
 import random
 import signal
@@ -301,6 +302,20 @@ def test_train_net_on_two_processes_stops_and_says_how(config, tmp_path):
         process.kill()
     assert "SIGTERM: training ends after iteration" in output.read_text()
     torch.load(path.with_suffix("") / last_checkpoint(path))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_exact_or_not_is_for_each_part_of_a_run(config, exact, caplog):
+    """A checkpoint that does not say how its data were drawn cannot be resumed exactly."""
+    path = config("rcnn", "run", "MODEL.GLOBALKD.ENABLED", False)
+    for part, value in enumerate((exact, not exact, True)):
+        cfg = read(path)
+        cfg.merge_from_list(["DATALOADER.EXACT_RESUME", value, "SOLVER.MAX_ITER", 1 + part])
+        path.write_text(cfg.dump())
+        with caplog.at_level(logging.INFO, logger="globalkd"):
+            train(path)
+    said = [r.message for r in caplog.records if "Resumed at iteration" in r.message]
+    assert ["starts anew" in x for x in said] == [True, exact]
 
 
 def test_detectron2s_own_order_is_there_by_key(config):

@@ -1,5 +1,6 @@
 """The teacher's pass on a stream of its own: what waits for what, and the same maps."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -93,6 +94,14 @@ def test_a_cpu_has_no_streams_and_the_same_losses(tiny_cfg, kind):
         assert model.distiller.teacher._side_stream is None
     assert losses[0].keys() == losses[1].keys()
     assert all(torch.equal(losses[0][k], losses[1][k]) for k in losses[0])
+
+
+def test_a_copy_of_a_teacher_has_no_stream_yet(tiny_cfg):
+    cfg = tiny_cfg("rcnn")
+    register_datasets(cfg)
+    model = build_model(cfg)
+    model.distiller.teacher._side_stream = (x for x in "what cannot be copied")
+    assert copy.deepcopy(model).distiller.teacher._side_stream is None
 
 
 def test_the_pass_begins_before_the_student(tiny_cfg):

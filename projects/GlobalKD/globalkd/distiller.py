@@ -197,7 +197,6 @@ class Distiller(nn.Module):
         for loss in self.losses.values():
             loss.num_classes = num_classes
             loss.attach(self.levels)
-        self.non_finite.watch_parameters(self.losses)
         self.to(next(student.parameters()).device)
 
     def factor(self, iteration: int) -> float:
@@ -289,6 +288,7 @@ class Distiller(nn.Module):
         """
         iteration = get_event_storage().iter
         factor = self.factor(iteration)
+        self.non_finite.watch_parameters(self.losses)
         student = self.non_finite.watch_student(student)
         teacher_features = (teacher_pass or self.begin(batched_inputs))()
         context = self._context(batched_inputs, student, teacher_features, iteration)

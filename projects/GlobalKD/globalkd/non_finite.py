@@ -38,10 +38,15 @@ class NonFiniteLosses:
         self.count = 0  # of skipped steps that were reported
         self._steps: List[_Step] = []
         self._finite: Optional[Tensor] = None  # of the last step, () bool
+        self._watches = False
+
+    def __getstate__(self):
+        return {**self.__dict__, "_watches": False}  # copies of parameters have no hooks
 
     def watch_parameters(self, module: nn.Module) -> None:
-        """Let gradients of a skipped step not reach these parameters. Called once."""
-        if self.skip:
+        """Let gradients of a skipped step not reach these parameters; once is enough."""
+        if self.skip and not self._watches:
+            self._watches = True
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(self._pass)

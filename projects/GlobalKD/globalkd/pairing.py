@@ -147,6 +147,14 @@ def _check_anchored(student: nn.Module, levels: Sequence[str], losses: Sequence[
         )
 
 
+def _bottom_up_prefix(backbone: nn.Module) -> str:
+    """What names of entries in a backbone's bottom-up part begin with: without a pyramid, all."""
+    for part in ("bottom_up", "net"):  # of FPN, of SimpleFeaturePyramid (ViTDet)
+        if isinstance(getattr(backbone, part, None), nn.Module):
+            return f"backbone.{part}."
+    return "backbone."
+
+
 @torch.no_grad()
 def inherit_heads(student: nn.Module, teacher: nn.Module) -> List[str]:
     """Copy the teacher's weights outside the backbone's bottom-up part where name and shape agree.
@@ -155,10 +163,11 @@ def inherit_heads(student: nn.Module, teacher: nn.Module) -> List[str]:
         The names of the student's entries that were filled.
     """
     source, target = teacher.state_dict(), student.state_dict()
+    bottom_up = _bottom_up_prefix(student.backbone)
     names = [
         name
         for name, value in target.items()
-        if not name.startswith("backbone.bottom_up.")
+        if not name.startswith(bottom_up)
         and name not in ("pixel_mean", "pixel_std")
         and name in source
         and source[name].shape == value.shape

@@ -32,6 +32,7 @@ class RunState:
         """
         self.model = model
         self.seed = seed
+        self.goes_on = False
         self._collected: List[dict] = []
 
     def collect(self) -> None:
@@ -50,7 +51,8 @@ class RunState:
         return {"seed": self.seed, "processes": collected or [self._own()]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.seed = state["seed"]
+        if self.seed is not None and state["seed"] is not None:
+            self.seed, self.goes_on = state["seed"], True
         processes, rank = state["processes"], comm.get_rank()
         if len(processes) != comm.get_world_size():
             logger.warning(

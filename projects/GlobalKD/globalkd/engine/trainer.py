@@ -190,9 +190,10 @@ class DistillTrainer(DefaultTrainer):
             return
         if self.cfg.DATALOADER.EXACT_RESUME:
             self.data_loader.start_at(self.start_iter, self.run_state.seed)
+        if self.run_state.goes_on:
             how = "Data and random numbers go on as if the run had not been interrupted."
         else:
-            how = "The order of the data starts anew: DATALOADER.EXACT_RESUME is False."
+            how = "The order of the data starts anew: DATALOADER.EXACT_RESUME is or was False."
         logger.info(f"Resumed at iteration {self.start_iter}. {how}")
 
 

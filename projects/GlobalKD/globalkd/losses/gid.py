@@ -174,6 +174,13 @@ class GID(DistillLoss):
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
+        strides = [p.stride for p in levels]
+        require(
+            "IN_FEATURES",
+            [p.student for p in levels],
+            all(b == 2 * a for a, b in zip(strides, strides[1:])),
+            f"levels whose strides double, as GID pools from them (these have {strides})",
+        )
         if "loss_kd_gid_feature" in self.weights:
             self.adapters = build_adapters(levels, kernel_size=3, relu=False)
         self.pooler = ROIPooler(

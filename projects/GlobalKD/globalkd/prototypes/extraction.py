@@ -45,9 +45,11 @@ class BoxTable:
 def usable_boxes(dataset_dicts: Sequence[dict], min_box_size: float) -> BoxTable:
     """Collect the boxes that may take part in prototype generation.
 
-    Left out: crowds, boxes marked difficult, and boxes with a side shorter than `min_box_size`.
+    Cut off at their image's edges, as in training. Left out: crowds, boxes marked difficult, and
+    boxes with a side shorter than `min_box_size` then.
     """
     rows, modes = [], []
+    sizes = [(x.get("width", np.inf), x.get("height", np.inf)) for x in dataset_dicts]
     for image_id, record in enumerate(dataset_dicts):
         for annotation_id, annotation in enumerate(record.get("annotations", [])):
             if annotation.get("iscrowd", 0) or annotation.get("difficult", 0):
@@ -64,6 +66,9 @@ def usable_boxes(dataset_dicts: Sequence[dict], min_box_size: float) -> BoxTable
         table[rows_of_mode, :4] = BoxMode.convert(
             table[rows_of_mode, :4], BoxMode(mode), BoxMode.XYXY_ABS
         )
+    corners = table[:, :4].reshape(-1, 2, 2)
+    limits = np.asarray(sizes, dtype=np.float64).reshape(-1, 1, 2)[table[:, 5].astype(np.int64)]
+    table[:, :4] = np.clip(corners, 0, limits).reshape(-1, 4)
     sides = np.minimum(table[:, 2] - table[:, 0], table[:, 3] - table[:, 1])
     table = table[(sides >= min_box_size) & (sides > 0)]
     ids = table[:, 4:].astype(np.int64)

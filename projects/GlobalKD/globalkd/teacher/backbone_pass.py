@@ -38,6 +38,7 @@ class BackbonePass:
     def forget(self) -> None:
         """Take the backbone's parameters anew: they were moved or changed."""
         self._calls: Dict[Optional[torch.dtype], Callable] = {}
+        self._channels_last = _is_channels_last(self.backbone)
 
     def __getstate__(self):
         return {**self.__dict__, "_calls": {}}  # a copy makes its own
@@ -50,32 +51,25 @@ class BackbonePass:
         Returns:
             level -> map, in any memory format. With CUDA graphs they hold until the next call.
         """
-        device = images.device
-        on = device.type
-        dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else None
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if dtype not in self._calls:
             self._calls[dtype] = self._prepare(dtype, device)
+        # Where convolutions run faster on it: on a CPU, in 16 bits, and where the weights have it.
+        if device == "cpu" or dtype is not None or self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         return self._calls[dtype](images)
 
-    def _prepare(self, dtype: Optional[torch.dtype], device: torch.device) -> Callable:
-        backbone, is_resnet = self.backbone, _is_resnet(self.backbone)
-        in_16_bits = dtype is not None
-        # Where convolutions run faster on it.
-        channels_last = device.type == "cpu" or in_16_bits or (is_resnet and has_tf32(device))
-        if in_16_bits and is_resnet:
-            backbone = copy.deepcopy(backbone)
-        for module in backbone.modules() if channels_last and is_resnet else ():
-            if type(module) in (Conv2d, nn.Conv2d):
-                weight, bias = module.weight, module.bias  # not those of its norm
-                weight.data = weight.data.to(dtype=dtype, memory_format=torch.channels_last)
-                if bias is not None:
-                    bias.data = bias.data.to(dtype=dtype)
+    def _prepare(self, dtype: Optional[torch.dtype], device: str) -> Callable:
+        backbone = self.backbone
+        if dtype is not None and is_resnet(backbone):
+            backbone = copy.deepcopy(backbone).to(memory_format=torch.channels_last)
+            for module in backbone.modules():
+                if type(module) in (Conv2d, nn.Conv2d):
+                    for parameter in module.parameters(recurse=False):  # not those of its norm
+                        parameter.data = parameter.data.to(dtype)
         call = torch.compile(backbone) if self.compile else backbone
-        if self.cuda_graphs and device.type == "cuda":
-            call = GraphedBackbone(call)
-        if not channels_last:
-            return call
-        return lambda images: call(images.contiguous(memory_format=torch.channels_last))
+        return GraphedBackbone(call) if self.cuda_graphs and device == "cuda" else call
 
 
 def has_tf32(device: torch.device) -> bool:
@@ -89,7 +83,17 @@ def has_tf32(device: torch.device) -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
-def _is_resnet(backbone: nn.Module) -> bool:
+def _is_channels_last(backbone: nn.Module) -> bool:
+    """Whether weights lie in memory so that they are not NCHW, too."""
+    weights = [x for x in backbone.parameters() if x.dim() == 4]
+    return any(
+        x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        for x in weights
+    )
+
+
+def is_resnet(backbone: nn.Module) -> bool:
+    """Whether it is Detectron2's ResNet, with an FPN or without."""
     if type(backbone) is FPN:
         backbone = backbone.bottom_up
     return type(backbone) is ResNet

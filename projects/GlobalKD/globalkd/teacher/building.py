@@ -18,6 +18,7 @@ from ..config_reading import load_config
 from ..data.class_names import class_names
 from ..safe_loading import SafeCheckpointer
 from ..sparse_roi_align import TeacherROIAlign
+from .backbone_pass import has_tf32, is_resnet
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,9 @@ def build_teacher(
 ) -> Teacher:
     """Build a teacher from a Detectron2 config and load its weights through the gate.
 
-    The batch norms of its backbone are folded into its convolutions; on a CPU, the weights of all
-    its convolutions have the channels_last layout and its boxes are pooled by `sparse_roi_align`.
+    The batch norms of its backbone are folded into its convolutions. On a CPU, the weights of all
+    its convolutions have the channels_last layout and its boxes are pooled by `sparse_roi_align`;
+    on a GPU with TF32, those of a ResNet and its FPN have that layout.
 
     Args:
         config_file: a YAML file, or a model-zoo name.
@@ -69,6 +71,8 @@ def build_teacher(
     TeacherROIAlign.replace_in(model)
     if model.device.type == "cpu":
         model.to(memory_format=torch.channels_last)
+    elif is_resnet(model.backbone) and has_tf32(model.device):
+        model.backbone.to(memory_format=torch.channels_last)
     return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
 
 

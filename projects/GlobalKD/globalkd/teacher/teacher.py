@@ -80,6 +80,9 @@ class Teacher:
         self._side_stream: Optional[SideStream] = None
         self.read_levels(list(model.backbone.output_shape()))
 
+    def __getstate__(self):
+        return {**self.__dict__, "_side_stream": None}  # a copy makes its own
+
     @property
     def output_shape(self):
         return self.model.backbone.output_shape()
