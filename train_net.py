@@ -12,7 +12,7 @@ goes on as if nothing had happened.
 
 import logging
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from unittest import mock
 
 from detectron2.engine import default_argument_parser, default_setup, defaults
@@ -26,9 +26,12 @@ from globalkd.data.config_checks import check_data
 from globalkd.engine.launching import launch
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.engine.user_modules import add_import_argument, import_modules
-from globalkd.safe_loading import SafeCheckpointer
+from globalkd.safe_loading import ReportingCheckpointer
 
 logger = logging.getLogger("globalkd")
+
+# Beside a config.yaml that is there: of an evaluation; of a training that has not begun.
+EVALUATED, NEXT = "config_eval.yaml", "config_next.yaml"
 
 
 def setup(args):
@@ -36,7 +39,8 @@ def setup(args):
     cfg = load_config(args.config_file, args.opts)
     fall_back_to_cpu(cfg)
     cfg.freeze()
-    with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) if args.eval_only else nullcontext():
+    other = EVALUATED if args.eval_only else NEXT
+    with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), other):
         default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="globalkd")
     register_datasets(cfg, names=cfg.DATASETS.TEST if args.eval_only else None)
@@ -44,19 +48,26 @@ def setup(args):
 
 
 @contextmanager
-def kept(path):
-    """Let Detectron2 write beside a run's config.yaml, which tells how the run was trained."""
+def kept(path, other):
+    """Let Detectron2 write another file where a run's config.yaml tells how it was trained."""
     if not os.path.isfile(path):
         yield
         return
     original = defaults.PathManager.open
 
     def beside(name, *args, **kwargs):
-        name = path.replace("config.yaml", "config_eval.yaml") if name == path else name
+        name = os.path.join(os.path.dirname(path), other) if name == path else name
         return original(name, *args, **kwargs)
 
     with mock.patch.object(defaults.PathManager, "open", beside):
         yield
+
+
+def replace_config(cfg):
+    """What is trained has begun, and config.yaml may tell of it."""
+    path = os.path.join(cfg.OUTPUT_DIR, NEXT)
+    if comm.is_main_process() and os.path.isfile(path):
+        os.replace(path, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
 
 
 def evaluate(cfg, args):
@@ -69,8 +80,10 @@ def evaluate(cfg, args):
     alone.MODEL.GLOBALKD.ENABLED = False  # a student alone: no teacher is needed
     model = DistillTrainer.build_model(alone)
     allow_pickle = cfg.MODEL.GLOBALKD.ALLOW_PICKLE
-    checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, allow_pickle=allow_pickle)
+    checkpointer = ReportingCheckpointer(model, save_dir=cfg.OUTPUT_DIR, allow_pickle=allow_pickle)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    if unfilled := checkpointer.unfilled("the detector"):
+        logger.warning(f"What is evaluated is partly random: MODEL.WEIGHTS {unfilled}.")
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -84,6 +97,7 @@ def main(args):
         return evaluate(cfg, args)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    replace_config(cfg)
     return trainer.train()
 
 

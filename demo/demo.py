@@ -26,11 +26,11 @@ from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
+from globalkd.analysis.runs import load_whole, warn_if_not_last
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.data.class_names import class_names
 from globalkd.data.unreadable import UNREADABLE
 from globalkd.engine.user_modules import add_import_argument, import_modules
-from globalkd.safe_loading import SafeCheckpointer
 
 logger = logging.getLogger("globalkd.demo")
 
@@ -72,9 +72,12 @@ def list_images(inputs):
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
         else:
-            found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
+            found = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
-            raise FileNotFoundError(f"--input {name}: no image there.")
+            deeper = (
+                f" Its subfolders are not searched: '{name}/**/*.jpg'." if path.is_dir() else ""
+            )
+            raise FileNotFoundError(f"--input {name}: no image there.{deeper}")
         files += found
     name, times = Counter(path.name for path in files).most_common(1)[0]
     if times > 1:
@@ -125,8 +128,11 @@ class Demo:
         without.defrost()
         without.MODEL.WEIGHTS = ""  # Detectron2's predictor would run code that is in the file
         self.predictor = DefaultPredictor(without)
-        SafeCheckpointer(self.predictor.model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(
-            cfg.MODEL.WEIGHTS
+        warn_if_not_last(Path(cfg.MODEL.WEIGHTS))
+        load_whole(
+            self.predictor.model,
+            cfg.MODEL.WEIGHTS,
+            allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE,
         )
         self.names = known_names(cfg)
 

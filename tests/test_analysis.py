@@ -117,6 +117,15 @@ def test_a_plain_checkpoint_has_no_distiller(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_weights_older_than_the_runs_last_are_said_to_be(run, caplog):
+    load_run(run)
+    assert "older than" not in caplog.text
+    Path(run, "last_checkpoint").write_text("model_0000051.pth")
+    load_run(run)
+    assert "older than the run's last checkpoint, model_0000051.pth" in caplog.text
+
+
+@pytest.mark.slow
 def test_the_pictures_are_drawn(run, tmp_path):
     draw_curves(tmp_path / "curves.png", {"plain": [run], "distilled": [run]})
     draw_detections(tmp_path / "detections.png", {"plain": run, "distilled": run}, count=2)

@@ -89,6 +89,11 @@ def test_input_that_is_not_there_is_named(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").touch()
     assert len(demo.list_images([str(tmp_path / "a")])) == 1
+    with pytest.raises(FileNotFoundError, match="subfolders are not searched"):
+        demo.list_images([str(tmp_path)])
+    (tmp_path / "a/deep").mkdir()
+    (tmp_path / "a/deep/y.png").touch()
+    assert len(demo.list_images([f"{tmp_path}/a/**/*.png"])) == 2
     with pytest.raises(ValueError, match="files of one name, such as x.png"):
         demo.list_images([str(tmp_path / "*" / "x.png")])
 

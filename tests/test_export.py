@@ -47,6 +47,14 @@ def run_folder(tiny_cfg, tmp_path):
     return make
 
 
+@pytest.mark.faults
+def test_a_detector_that_the_checkpoint_does_not_fill_is_not_exported(run_folder, tmp_path):
+    folder, output = str(run_folder("rcnn")), tmp_path / "student.pth"
+    with pytest.raises(ValueError, match=r"model_final.pth fills \d+ of \d+ .*cls_score"):
+        export_student(folder, str(output), opts=["MODEL.ROI_HEADS.NUM_CLASSES", 9])
+    assert not output.exists()
+
+
 @both
 def test_torchscript_detects_the_same_without_detectron2(run_folder, tmp_path, kind):
     path = tmp_path / "student.ts"

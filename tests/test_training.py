@@ -240,6 +240,16 @@ def test_lazy_configs_build_and_train_a_step(name, scenes, tiny_cfg, batch):
     sum(losses.values()).backward()
 
 
+@pytest.mark.parametrize("name", ["gkd_R101_R50", "gkd_retinanet_R101_R50"])
+def test_lazy_configs_are_saved_as_a_start_does_and_follow_their_overrides(name, tmp_path):
+    cfg = LazyConfig.load(str(ROOT / f"configs/lazy/{name}.py"))
+    overrides = ["train.max_iter=70", "dataloader.train.total_batch_size=3"]
+    cfg = LazyConfig.apply_overrides(cfg, overrides)
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    distiller = LazyConfig.load(str(tmp_path / "config.yaml")).model.distiller
+    assert distiller.max_iter == 70 and distiller.refresher.images_per_batch == 3
+
+
 def _ten_classes(lazy, kind):
     """As many classes as the scenes have."""
     if kind == "rcnn":
@@ -256,6 +266,52 @@ def test_resuming_with_other_losses_names_them(tiny_cfg):
     with pytest.raises(ValueError, match=r"other keys .*such as LOSSES.* Missing key") as error:
         run(cfg, resume=True)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.faults
+def test_a_plain_run_cannot_be_resumed_as_a_distilled_one(tiny_cfg):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "MODEL.GLOBALKD.ENABLED", False)
+    run(cfg)
+    cfg.MODEL.GLOBALKD.ENABLED = True
+    with pytest.raises(ValueError, match="other parameters than this run's.*plain student"):
+        run(cfg, resume=True)
+
+
+@pytest.mark.faults
+def test_a_teacher_is_not_replaced_by_its_student(tiny_cfg):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1)
+    cfg.MODEL.GLOBALKD.TEACHER.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    with pytest.raises(ValueError, match="OUTPUT_DIR .*is where the teacher's weights lie"):
+        run(cfg)
+
+
+@pytest.mark.faults
+def test_what_a_start_would_do_is_said(tiny_cfg, caplog):
+    """To a run that is there; and what it lacks."""
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "MODEL.GLOBALKD.ENABLED", False)
+    run(cfg)
+    assert "holds a run already" not in caplog.text
+    run(cfg)
+    assert "holds a run already" in caplog.text
+    cfg.MODEL.WEIGHTS = "nowhere/model.pth"
+    with pytest.raises(FileNotFoundError, match="MODEL.WEIGHTS: there is no file 'nowhere"):
+        run(cfg)
+
+
+@pytest.mark.faults
+def test_a_refused_start_leaves_a_runs_config_as_it_is(tiny_cfg, tmp_path):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "MODEL.GLOBALKD.ENABLED", False)
+    config = tmp_path / "x.yaml"
+    config.write_text(cfg.dump())
+    _train_net(config)
+    written = Path(cfg.OUTPUT_DIR, "config.yaml")
+    before = written.read_bytes()
+    with pytest.raises(AssertionError, match="NUM_CLASSES is 9"):
+        _train_net(config, "MODEL.ROI_HEADS.NUM_CLASSES", "9")
+    assert written.read_bytes() == before
+    _train_net(config, "SOLVER.BASE_LR", "0.001")
+    assert read_config(cfg.OUTPUT_DIR).SOLVER.BASE_LR == 0.001
+    assert not Path(cfg.OUTPUT_DIR, "config_next.yaml").exists()
 
 
 def test_resuming_from_nothing_is_said(tiny_cfg, caplog):
@@ -288,7 +344,8 @@ def test_resuming_without_the_distillers_state_is_said(forgotten, tiny_cfg, capl
 def test_evaluations_side_by_side_leave_the_runs_configuration(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("of the run")
-    with train_net.kept(str(path)), train_net.kept(str(path)):
+    kept = (str(path), train_net.EVALUATED)
+    with train_net.kept(*kept), train_net.kept(*kept):
         with defaults.PathManager.open(str(path), "w") as file:
             file.write("of the evaluation")
         assert path.read_text() == "of the run"

@@ -14,23 +14,26 @@ optimizer = model_zoo.get_config("common/optim.py").SGD
 train = model_zoo.get_config("common/train.py").train
 train.max_iter = 180000
 
-distiller = L(Distiller)(
-    teacher=L(build_teacher)(config_file="???"),
-    losses=[
-        L(GlobalKnowledge)(weight=5.0),
-        L(FeatureKnowledge)(weight=1.0),
-        L(ResponseKnowledge)(weight=1.0),
-    ],
-    refresher=L(PrototypeRefresher)(
-        source=L(ImageSource)(
-            datasets=["coco_2017_train"],
-            augmentations=[L(ResizeShortestEdge)(short_edge_length=[800, 800], max_size=1333)],
-            num_workers=4,
+
+def make_distiller(teacher):
+    """GlobalKD's three terms, from a teacher by its config file or model-zoo name."""
+    return L(Distiller)(
+        teacher=L(build_teacher)(config_file=teacher),
+        losses=[
+            L(GlobalKnowledge)(weight=5.0),
+            L(FeatureKnowledge)(weight=1.0),
+            L(ResponseKnowledge)(weight=1.0),
+        ],
+        refresher=L(PrototypeRefresher)(
+            source=L(ImageSource)(
+                datasets=["coco_2017_train"],
+                augmentations=[L(ResizeShortestEdge)(short_edge_length=[800, 800], max_size=1333)],
+                num_workers=4,
+            ),
+            generation=L(GenerationSettings)(num_prototypes=10, lam=10.0),
+            images_per_batch="${dataloader.train.total_batch_size}",
+            refresh_epochs=1.0,
         ),
-        generation=L(GenerationSettings)(num_prototypes=10, lam=10.0),
-        images_per_batch=16,
-        refresh_epochs=1.0,
-    ),
-    decay="linear",
-    max_iter=train.max_iter,
-)
+        decay="linear",
+        max_iter="${train.max_iter}",
+    )

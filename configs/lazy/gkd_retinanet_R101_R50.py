@@ -4,7 +4,7 @@ from detectron2 import model_zoo
 
 from globalkd import DistillRetinaNet
 
-from .common import dataloader, distiller, lr_multiplier, optimizer, train  # noqa: F401
+from .common import dataloader, lr_multiplier, make_distiller, optimizer, train  # noqa: F401
 
 optimizer.lr = 0.01
 train.init_checkpoint = (
@@ -14,5 +14,4 @@ train.init_checkpoint = (
 model = model_zoo.get_config("common/models/retinanet.py").model
 model.backbone.bottom_up.freeze_at = 2
 model._target_ = DistillRetinaNet
-model.distiller = distiller
-model.distiller.teacher.config_file = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
+model.distiller = make_distiller("COCO-Detection/retinanet_R_101_FPN_3x.yaml")

@@ -64,6 +64,45 @@ class SafeCheckpointer(DetectionCheckpointer):
             return super()._load_file(filename)
 
 
+class ReportingCheckpointer(SafeCheckpointer):
+    """Keeps what Detectron2's loader only logs: the entries that a checkpoint did not fill."""
+
+    incompatible = None
+
+    def _load_model(self, checkpoint):
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+    def unfilled(self, owner: str) -> str:
+        """What the last `load` left as it was, in words; empty where it filled every entry.
+
+        Args:
+            owner: whose entries they are, for the text: "the teacher".
+        """
+        found = self.incompatible
+        if found is None:  # nothing was loaded, on purpose
+            return ""
+        wrong_shape = {key: shapes for key, *shapes in found.incorrect_shapes}
+        # A counter that old checkpoints lack and that evaluation does not read.
+        missing = {k for k in found.missing_keys if not k.endswith("num_batches_tracked")}
+        missing = sorted(missing | set(wrong_shape))
+        if not missing:
+            return ""
+        total = len(self.model.state_dict())
+        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        text = (
+            f"fills {total - len(missing)} of {total} entries of {owner}. Missing, or of another "
+            f"shape: {shown}"
+        )
+        if wrong_shape:
+            key, (saved, needed) = next(iter(wrong_shape.items()))
+            text += (
+                f". {key} has the shape {tuple(saved)} in the file and {tuple(needed)} by the "
+                f"config of {owner}"
+            )
+        return text
+
+
 def load_tensors(file: Any, **kwargs) -> Any:
     """`torch.load` on the CPU for tensors and plain values alone.
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Dict, List, Sequence
 
@@ -12,9 +13,11 @@ from torch import nn
 from ..config_reading import fall_back_to_cpu, load_config
 from ..data import register_datasets
 from ..meta_arch import DistillMixin
-from ..safe_loading import SafeCheckpointer
+from ..safe_loading import ReportingCheckpointer
 from ..teacher import Teacher
 from ..teacher.building import teacher_from_config
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AP-clean", "AP-ambiguous")
 
@@ -94,7 +97,8 @@ def load_run(
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
-        ValueError: `distiller` is asked for and the checkpoint has none.
+        ValueError: the checkpoint does not fill the detector, or has no distiller where one is
+            asked for.
     """
     cfg = written_config(folder, opts)
     fall_back_to_cpu(cfg)
@@ -104,13 +108,44 @@ def load_run(
     path = Path(folder, checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint.")
+    warn_if_not_last(path)
     model = build_model(cfg).eval()
-    extra = SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(str(path))
+    extra = load_whole(model, str(path), allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE)
     if distiller:
         if "distiller" not in extra:
             raise ValueError(f"{path} holds no distiller: it is a plain detector's checkpoint.")
         model.distiller.load_state_dict(extra["distiller"])
     return model
+
+
+def load_whole(model: nn.Module, weights: str, *, allow_pickle: bool = False) -> dict:
+    """Load a checkpoint and refuse it unless it fills every entry of the detector.
+
+    Returns:
+        What else is in it.
+
+    Raises:
+        ValueError: entries stayed as they were; the message names them.
+    """
+    checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
+    extra = checkpointer.load(weights)
+    if unfilled := checkpointer.unfilled("the detector"):
+        raise ValueError(
+            f"{weights} {unfilled}. The configuration and its overrides must be what the weights "
+            "were trained with."
+        )
+    return extra
+
+
+def warn_if_not_last(checkpoint: Path) -> None:
+    """Say so where a run has gone on since it wrote a checkpoint, and was then interrupted."""
+    tag = checkpoint.parent / "last_checkpoint"
+    last = tag.read_text().strip() if tag.is_file() else ""
+    if checkpoint.name == "model_final.pth" and last not in ("", checkpoint.name):
+        logger.warning(
+            f"{checkpoint} is older than the run's last checkpoint, {last}: the run was resumed "
+            "and has not ended."
+        )
 
 
 def is_distilled(cfg: CfgNode) -> bool:
@@ -135,11 +170,11 @@ def require_distilled(cfg: CfgNode, name: str = "The configuration") -> None:
 
 
 def load_teacher(folder, opts: Sequence[str] = ()) -> Teacher:
-    """The teacher that a run was distilled from, as its configuration names it.
+    """The teacher that a run was distilled from, as Detectron2 builds it.
 
     Raises:
         ValueError: the run is not a distilled one.
     """
     cfg = read_config(folder, opts)
     require_distilled(cfg, str(folder))
-    return teacher_from_config(cfg)
+    return teacher_from_config(cfg, stock=True)

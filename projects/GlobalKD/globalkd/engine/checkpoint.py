@@ -70,6 +70,14 @@ class AtomicCheckpointer(SafeCheckpointer):
             _check_whole(path)
         try:
             return super().load(path, *args, **kwargs)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"{path} cannot be resumed: its optimizer has other parameters than this run's. "
+                "Another detector wrote it, or a plain student where this one is distilled (or the "
+                "other way round). Train into another OUTPUT_DIR."
+            ) from error
         except RuntimeError as error:
             if "Error(s) in loading state_dict" not in str(error):
                 raise

@@ -24,7 +24,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
-from ..data.config_checks import check_classes, check_data
+from ..data.config_checks import check_classes, check_data, check_output
 from ..data.resumable_loader import ResumableLoader, shield_workers
 from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
 from ..distiller import Distiller
@@ -53,6 +53,7 @@ class DistillTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        check_output(cfg)
         check_data(cfg)  # before anything that takes long
         if self._evaluates_by_itself():
             for name in cfg.DATASETS.TEST:
@@ -173,6 +174,11 @@ class DistillTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True):
         resuming = resume and self.checkpointer.has_checkpoint()
+        weights = self.cfg.MODEL.WEIGHTS
+        if not resuming and weights and "://" not in weights and not os.path.isfile(weights):
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS: there is no file {weights!r} (seen from {os.getcwd()})."
+            )
         super().resume_or_load(resume=resume)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
@@ -182,6 +188,12 @@ class DistillTrainer(DefaultTrainer):
                 f"({self.cfg.OUTPUT_DIR}): copy them, or use a folder that all of them see."
             )
         if not resuming:
+            if not resume and self.checkpointer.has_checkpoint():
+                logger.warning(
+                    f"OUTPUT_DIR ({self.cfg.OUTPUT_DIR}) holds a run already: checkpoints of the "
+                    "same names are replaced, and metrics.json goes on behind its records. To go "
+                    "on with that run, --resume."
+                )
             if resume:
                 logger.warning(
                     f"Nothing to resume: OUTPUT_DIR ({self.cfg.OUTPUT_DIR}) has no checkpoint. "

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..config_reading import load_config
 from ..data.class_names import class_names
-from ..safe_loading import SafeCheckpointer
+from ..safe_loading import ReportingCheckpointer
 from ..sparse_roi_align import TeacherROIAlign
 from .backbone_pass import has_tf32, is_resnet
 from .teacher import Teacher
@@ -33,6 +33,7 @@ def build_teacher(
     allow_pickle: bool = False,
     device: str = "",
     like: Optional[CfgNode] = None,
+    stock: bool = False,
     **modes,
 ) -> Teacher:
     """Build a teacher from a Detectron2 config and load its weights through the gate.
@@ -50,6 +51,7 @@ def build_teacher(
         allow_pickle: accept weights whose reading may run code that is in the file.
         device: where to build it; empty for what the config says.
         like: a config with further keys that the teacher's may have; see `load_config`.
+        stock: leave the detector as Detectron2 builds it.
         modes: `precision`, `compile`, `input_scale`, `side_stream` and `cuda_graphs` of `Teacher`.
 
     Raises:
@@ -66,6 +68,12 @@ def build_teacher(
     load_teacher_weights(
         model, cfg.MODEL.WEIGHTS, allow_random=allow_random_weights, allow_pickle=allow_pickle
     )
+    if not stock:
+        _accelerate(model)
+    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
+
+
+def _accelerate(model: nn.Module) -> None:
     # A pyramid's norms stay: a student may inherit its weights (`pairing.inherit_heads`).
     fold_norms(getattr(model.backbone, "bottom_up", model.backbone))
     TeacherROIAlign.replace_in(model)
@@ -73,10 +81,9 @@ def build_teacher(
         model.to(memory_format=torch.channels_last)
     elif is_resnet(model.backbone) and has_tf32(model.device):
         model.backbone.to(memory_format=torch.channels_last)
-    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
 
 
-def teacher_from_config(cfg: CfgNode) -> Teacher:
+def teacher_from_config(cfg: CfgNode, *, stock: bool = False) -> Teacher:
     """Build the teacher that MODEL.GLOBALKD.TEACHER of a student's config describes."""
     node = cfg.MODEL.GLOBALKD.TEACHER
     return build_teacher(
@@ -87,6 +94,7 @@ def teacher_from_config(cfg: CfgNode) -> Teacher:
         allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE,
         device=cfg.MODEL.DEVICE,
         like=cfg,
+        stock=stock,
         precision=node.PRECISION,
         compile=node.COMPILE,
         input_scale=node.INPUT_SCALE,
@@ -134,14 +142,6 @@ def _class_names(cfg: CfgNode) -> List[str]:
     return names
 
 
-class ReportingCheckpointer(SafeCheckpointer):
-    """Keeps what Detectron2's loader only logs: the keys that did not load."""
-
-    def _load_model(self, checkpoint):
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
-
-
 def load_teacher_weights(
     model: nn.Module, weights: str, *, allow_random: bool = False, allow_pickle: bool = False
 ) -> None:
@@ -164,31 +164,21 @@ def load_teacher_weights(
             f"{os.getcwd()}). Train the teacher first, or name a checkpoint."
         )
     checkpointer.load(weights)
-    total = len(model.state_dict())
-    wrong_shape = {key: shapes for key, *shapes in checkpointer.incompatible.incorrect_shapes}
-    missing = sorted(set(checkpointer.incompatible.missing_keys) | set(wrong_shape))
-    # A counter that old checkpoints lack and that evaluation does not read.
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    logger.info(f"Teacher: {total - len(missing)} of {total} entries loaded from {weights}.")
+    unfilled = checkpointer.unfilled("the teacher")
+    if not unfilled:
+        logger.info(f"Teacher: every entry loaded from {weights}.")
     unused = [
         key
         for key in sorted(checkpointer.incompatible.unexpected_keys)
         if key.startswith("backbone.") and not key.endswith("num_batches_tracked")
     ]
-    if missing:
-        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-        problem = (
-            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) fills {total - len(missing)} of {total} "
-            f"entries of the teacher. Missing, or of another shape: {shown}"
+    if unfilled:
+        _refuse(
+            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) {unfilled}. "
+            "TEACHER.CONFIG_FILE and TEACHER.OPTS must be what the weights were trained with, "
+            "its number of classes too",
+            allow_random,
         )
-        if wrong_shape:
-            key, (saved, needed) = next(iter(wrong_shape.items()))
-            problem += (
-                f". {key} has the shape {tuple(saved)} in the file and {tuple(needed)} by the "
-                "teacher's config: TEACHER.CONFIG_FILE and TEACHER.OPTS must be what the weights "
-                "were trained with, its number of classes too"
-            )
-        _refuse(problem, allow_random)
     if unused and not allow_random:
         raise ValueError(
             f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) holds {len(unused)} entries of a backbone "

@@ -14,6 +14,7 @@ from typing import Callable, Optional, Tuple
 from detectron2.config import CfgNode
 from torch import nn
 
+from ...data.config_checks import check_output
 from ...engine.trainer import DistillTrainer
 from ..runs import is_distilled
 from .cost import check_cost
@@ -87,6 +88,8 @@ def check_settings(cfg: CfgNode, report: CheckReport) -> None:
             f"SOLVER.STEPS {late} are not before SOLVER.MAX_ITER ({iterations}): the learning rate "
             "is not lowered there."
         )
+    with report.part("OUTPUT_DIR"):
+        check_output(cfg)
     if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         report.warn(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run already: without --resume its files are "

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
-from ...teacher.building import ReportingCheckpointer
+from ...safe_loading import ReportingCheckpointer
 from .report import CheckReport, shortened
 
 
