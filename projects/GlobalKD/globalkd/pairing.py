@@ -77,8 +77,9 @@ def check_comparable(
     if teacher.num_classes != num_classes:
         raise ValueError(
             f"{losses} compare class predictions, but the teacher has {teacher.num_classes} "
-            f"classes and the student {num_classes}. Take them out of MODEL.GLOBALKD.LOSSES and "
-            "set MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True."
+            f"classes and the student {num_classes}. Give both the NUM_CLASSES of the data; if "
+            "they are to differ, take these out of MODEL.GLOBALKD.LOSSES and set "
+            "MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True."
         )
     if _head_kind(student) != _head_kind(teacher.model) or _head_kind(student) == "unknown":
         raise ValueError(

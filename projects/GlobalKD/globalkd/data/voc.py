@@ -82,6 +82,9 @@ def _read_annotation(path: str, class_ids: Dict[str, int]) -> Dict:
         root = ET.parse(path).getroot()
         width, height = int(_number(root, "size/width")), int(_number(root, "size/height"))
         objects = [_read_object(element, class_ids) for element in root.findall("object")]
+    except KeyError as error:
+        known = list(class_ids)
+        raise ValueError(f"{path}: unknown class {error}; DATASETS.VOC lists {known}") from error
     except (ET.ParseError, ValueError) as error:
         raise ValueError(f"{path}: not a VOC annotation: {error}") from error
     if width <= 0 or height <= 0:
@@ -91,15 +94,14 @@ def _read_annotation(path: str, class_ids: Dict[str, int]) -> Dict:
 
 def _read_object(element: ET.Element, class_ids: Dict[str, int]) -> Dict:
     name = (element.findtext("name") or "").strip()
-    if name not in class_ids:
-        raise ValueError(f"unknown class '{name}'; DATASETS.VOC lists {list(class_ids)}")
+    label = class_ids[name]
     left, top = _number(element, "bndbox/xmin"), _number(element, "bndbox/ymin")
     right, bottom = _number(element, "bndbox/xmax"), _number(element, "bndbox/ymax")
     # One-based and inclusive. A box without area would become one pixel: leave it as it is, to be
     # dropped and counted like any other.
     shift = 1.0 if right > left and bottom > top else 0.0
     return {
-        "category_id": class_ids[name],
+        "category_id": label,
         "bbox": [left - shift, top - shift, right, bottom],
         "bbox_mode": BoxMode.XYXY_ABS,
         "difficult": (element.findtext("difficult") or "0").strip() == "1",
