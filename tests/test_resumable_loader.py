@@ -1,6 +1,7 @@
 """The training loader: every batch follows from the seed and its number."""
 
 import random
+import signal
 from contextlib import contextmanager
 from unittest import mock
 
@@ -16,7 +17,7 @@ from detectron2.data.samplers import (
 )
 from detectron2.utils import comm
 
-from globalkd.data.resumable_loader import ResumableLoader
+from globalkd.data.resumable_loader import ResumableLoader, shield_workers
 
 SAMPLERS = {
     "plain": lambda: TrainingSampler(13),
@@ -149,3 +150,24 @@ def test_a_dataset_without_index_names_the_key():
             ),
             0,
         )
+
+
+def test_workers_begin_deaf_to_signals(tmp_path):
+    """One that came before they are shielded would end them."""
+
+    def mask():
+        return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    loader = torch.utils.data.DataLoader([1, 2], num_workers=2)
+    shield_workers(loader)
+    shield = loader.worker_init_fn
+
+    def first(worker):
+        (tmp_path / str(worker)).write_text(" ".join(x.name for x in mask()))
+        shield(worker)
+
+    loader.worker_init_fn = first
+    before = mask()
+    assert len(list(loader)) == 2 and mask() == before
+    for worker in ("0", "1"):
+        assert {"SIGTERM", "SIGINT"} <= set((tmp_path / worker).read_text().split())

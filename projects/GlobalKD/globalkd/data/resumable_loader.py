@@ -89,6 +89,17 @@ def shield_workers(loader) -> None:
     """
     inner = inner_loader(loader)
     inner.worker_init_fn = partial(_shield, inner.worker_init_fn)
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        inner._get_iterator = partial(_with_signals_blocked, inner._get_iterator)
+
+
+def _with_signals_blocked(start: Callable):
+    """Start workers that do not see a signal before `_shield` has run in them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        return start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _shield(then: Optional[Callable], worker_id: int) -> None:
