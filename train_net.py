@@ -82,8 +82,9 @@ def evaluate(cfg, args):
     allow_pickle = cfg.MODEL.GLOBALKD.ALLOW_PICKLE
     checkpointer = ReportingCheckpointer(model, save_dir=cfg.OUTPUT_DIR, allow_pickle=allow_pickle)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    if unfilled := checkpointer.unfilled("the detector"):
-        logger.warning(f"What is evaluated is partly random: MODEL.WEIGHTS {unfilled}.")
+    if checkpointer.unfilled:
+        text = checkpointer.describe_unfilled("the detector")
+        logger.warning(f"What is evaluated is partly random: MODEL.WEIGHTS {text}.")
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -9,10 +9,11 @@ MODEL.GLOBALKD.ALLOW_PICKLE says that the files are trusted. Not here: which wei
 
 import collections
 import logging
+import os
 import pickle
 import re
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Iterable, List
 from unittest import mock
 
 import numpy as np
@@ -67,40 +68,59 @@ class SafeCheckpointer(DetectionCheckpointer):
 class ReportingCheckpointer(SafeCheckpointer):
     """Keeps what Detectron2's loader only logs: the entries that a checkpoint did not fill."""
 
-    incompatible = None
+    incompatible = None  # nothing was loaded yet
 
     def _load_model(self, checkpoint):
         self.incompatible = super()._load_model(checkpoint)
         return self.incompatible
 
-    def unfilled(self, owner: str) -> str:
-        """What the last `load` left as it was, in words; empty where it filled every entry.
+    @property
+    def unfilled(self) -> List[str]:
+        """The model's entries that the last `load` left as they were, sorted."""
+        if self.incompatible is None:
+            return []
+        wrong_shape = [key for key, *_ in self.incompatible.incorrect_shapes]
+        return _that_count({*self.incompatible.missing_keys, *wrong_shape})
 
-        Args:
-            owner: whose entries they are, for the text: "the teacher".
-        """
-        found = self.incompatible
-        if found is None:  # nothing was loaded, on purpose
-            return ""
-        wrong_shape = {key: shapes for key, *shapes in found.incorrect_shapes}
-        # A counter that old checkpoints lack and that evaluation does not read.
-        missing = {k for k in found.missing_keys if not k.endswith("num_batches_tracked")}
-        missing = sorted(missing | set(wrong_shape))
-        if not missing:
-            return ""
-        total = len(self.model.state_dict())
-        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+    @property
+    def unused_of_backbone(self) -> List[str]:
+        """Entries of a backbone in the file for which the model has no place, sorted."""
+        unexpected = self.incompatible.unexpected_keys
+        return _that_count(key for key in unexpected if key.startswith("backbone."))
+
+    def describe_unfilled(self, owner: str) -> str:
+        """How much of `owner` ("the teacher") the file fills, and what it does not."""
+        unfilled, total = self.unfilled, len(self.model.state_dict())
+        shown = ", ".join(unfilled[:8]) + (", ..." if len(unfilled) > 8 else "")
         text = (
-            f"fills {total - len(missing)} of {total} entries of {owner}. Missing, or of another "
+            f"fills {total - len(unfilled)} of {total} entries of {owner}. Missing, or of another "
             f"shape: {shown}"
         )
-        if wrong_shape:
-            key, (saved, needed) = next(iter(wrong_shape.items()))
+        for key, saved, needed in self.incompatible.incorrect_shapes[:1]:
             text += (
                 f". {key} has the shape {tuple(saved)} in the file and {tuple(needed)} by the "
                 f"config of {owner}"
             )
         return text
+
+
+def _that_count(keys: Iterable[str]) -> List[str]:
+    # Without a counter that old checkpoints lack and that evaluation does not read.
+    return sorted(key for key in keys if not key.endswith("num_batches_tracked"))
+
+
+def require_weights(key: str, weights: str, hint: str = "") -> None:
+    """Raise a FileNotFoundError where a key names weights by a path, and no file is there.
+
+    Args:
+        key: such as "MODEL.WEIGHTS".
+        weights: its value; a URL is not looked up.
+        hint: what to do, for the message.
+    """
+    if "://" not in weights and not os.path.isfile(weights):
+        raise FileNotFoundError(
+            f"{key}: there is no file {weights!r} (seen from {os.getcwd()}).{hint}"
+        )
 
 
 def load_tensors(file: Any, **kwargs) -> Any:

@@ -129,10 +129,10 @@ def load_whole(model: nn.Module, weights: str, *, allow_pickle: bool = False) ->
     """
     checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
     extra = checkpointer.load(weights)
-    if unfilled := checkpointer.unfilled("the detector"):
+    if checkpointer.unfilled:
         raise ValueError(
-            f"{weights} {unfilled}. The configuration and its overrides must be what the weights "
-            "were trained with."
+            f"{weights} {checkpointer.describe_unfilled('the detector')}. The configuration and "
+            "its overrides must be what the weights were trained with."
         )
     return extra
 

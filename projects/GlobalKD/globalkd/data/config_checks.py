@@ -8,8 +8,6 @@ content of a file of annotations (`coco_checks`, `voc`).
 
 import difflib
 import logging
-import os
-import re
 from collections.abc import Sized
 from itertools import zip_longest
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -55,19 +53,6 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> None:
                 require_integer_ids([record.get("image_id") for record in records], name)
     check_classes(cfg)
     check_num_classes(cfg)
-
-
-def check_output(cfg: CfgNode) -> None:
-    """Raise a ValueError where a training would write its checkpoints over its teacher's."""
-    teacher = cfg.MODEL.GLOBALKD.TEACHER.WEIGHTS
-    folder, name = os.path.split(teacher)
-    same = os.path.realpath(folder) == os.path.realpath(cfg.OUTPUT_DIR)
-    if cfg.MODEL.GLOBALKD.ENABLED and same and re.fullmatch(r"model_(final|\d+)\.pth", name):
-        raise ValueError(
-            f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) is where the teacher's weights lie "
-            f"(MODEL.GLOBALKD.TEACHER.WEIGHTS {teacher!r}): the student's would replace them. Give "
-            "the run another OUTPUT_DIR."
-        )
 
 
 def check_registered(name: str, key: str) -> None:

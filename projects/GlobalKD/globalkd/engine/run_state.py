@@ -22,6 +22,10 @@ class RunState:
 
     Of each process: the running mean by which RetinaNet and FCOS divide their losses, which is no
     buffer, and (from the second process on) its buffers: BatchNorm's statistics and the reservoir.
+
+    Attributes:
+        seed: of the run; once loaded, that of the checkpoint.
+        goes_on: whether a checkpoint was loaded from whose seed the data and random numbers follow.
     """
 
     def __init__(self, model: nn.Module, seed: Optional[int]):

@@ -5,6 +5,7 @@ The same trainer trains a teacher, a plain student and a distilled one; the conf
 
 import logging
 import os
+import re
 from contextlib import contextmanager
 from functools import partial
 from typing import Iterator, List, Optional
@@ -24,10 +25,11 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
-from ..data.config_checks import check_classes, check_data, check_output
+from ..data.config_checks import check_classes, check_data
 from ..data.resumable_loader import ResumableLoader, shield_workers
 from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
 from ..distiller import Distiller
+from ..safe_loading import require_weights
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, require_evaluator
 from .hooks import (
@@ -43,6 +45,24 @@ from .run_state import RunState
 from .wandb_writer import WandbWriter
 
 logger = logging.getLogger(__name__)
+
+HOLDS_A_RUN = (
+    "OUTPUT_DIR {} holds a run already: without --resume its checkpoints of the same names are "
+    "replaced, and metrics.json goes on behind its records."
+)
+
+
+def check_output(cfg: CfgNode) -> None:
+    """Raise a ValueError where a training would write its checkpoints over its teacher's."""
+    teacher = cfg.MODEL.GLOBALKD.TEACHER.WEIGHTS
+    folder, name = os.path.split(teacher)
+    same = os.path.realpath(folder) == os.path.realpath(cfg.OUTPUT_DIR)
+    if cfg.MODEL.GLOBALKD.ENABLED and same and re.fullmatch(r"model_(final|\d+)\.pth", name):
+        raise ValueError(
+            f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) is where the teacher's weights lie "
+            f"(MODEL.GLOBALKD.TEACHER.WEIGHTS {teacher!r}): the student's would replace them. Give "
+            "the run another OUTPUT_DIR."
+        )
 
 
 class DistillTrainer(DefaultTrainer):
@@ -174,11 +194,8 @@ class DistillTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True):
         resuming = resume and self.checkpointer.has_checkpoint()
-        weights = self.cfg.MODEL.WEIGHTS
-        if not resuming and weights and "://" not in weights and not os.path.isfile(weights):
-            raise FileNotFoundError(
-                f"MODEL.WEIGHTS: there is no file {weights!r} (seen from {os.getcwd()})."
-            )
+        if self.cfg.MODEL.WEIGHTS and not resuming:
+            require_weights("MODEL.WEIGHTS", self.cfg.MODEL.WEIGHTS)
         super().resume_or_load(resume=resume)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
@@ -188,17 +205,13 @@ class DistillTrainer(DefaultTrainer):
                 f"({self.cfg.OUTPUT_DIR}): copy them, or use a folder that all of them see."
             )
         if not resuming:
-            if not resume and self.checkpointer.has_checkpoint():
-                logger.warning(
-                    f"OUTPUT_DIR ({self.cfg.OUTPUT_DIR}) holds a run already: checkpoints of the "
-                    "same names are replaced, and metrics.json goes on behind its records. To go "
-                    "on with that run, --resume."
-                )
             if resume:
                 logger.warning(
                     f"Nothing to resume: OUTPUT_DIR ({self.cfg.OUTPUT_DIR}) has no checkpoint. "
                     "Training starts at iteration 0."
                 )
+            elif self.checkpointer.has_checkpoint():
+                logger.warning(HOLDS_A_RUN.format(self.cfg.OUTPUT_DIR))
             return
         if self.cfg.DATALOADER.EXACT_RESUME:
             self.data_loader.start_at(self.start_iter, self.run_state.seed)

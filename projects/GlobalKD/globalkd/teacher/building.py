@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..config_reading import load_config
 from ..data.class_names import class_names
-from ..safe_loading import ReportingCheckpointer
+from ..safe_loading import ReportingCheckpointer, require_weights
 from ..sparse_roi_align import TeacherROIAlign
 from .backbone_pass import has_tf32, is_resnet
 from .teacher import Teacher
@@ -157,28 +157,23 @@ def load_teacher_weights(
     if not weights:
         _refuse("MODEL.GLOBALKD.TEACHER.WEIGHTS is empty, and its config names none", allow_random)
         return
+    require_weights(
+        "MODEL.GLOBALKD.TEACHER.WEIGHTS",
+        weights,
+        " Train the teacher first, or name a checkpoint.",
+    )
     checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
-    if "://" not in weights and not os.path.isfile(weights):
-        raise FileNotFoundError(
-            f"MODEL.GLOBALKD.TEACHER.WEIGHTS: there is no file {weights!r} (seen from "
-            f"{os.getcwd()}). Train the teacher first, or name a checkpoint."
-        )
     checkpointer.load(weights)
-    unfilled = checkpointer.unfilled("the teacher")
-    if not unfilled:
-        logger.info(f"Teacher: every entry loaded from {weights}.")
-    unused = [
-        key
-        for key in sorted(checkpointer.incompatible.unexpected_keys)
-        if key.startswith("backbone.") and not key.endswith("num_batches_tracked")
-    ]
-    if unfilled:
+    if checkpointer.unfilled:
         _refuse(
-            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) {unfilled}. "
-            "TEACHER.CONFIG_FILE and TEACHER.OPTS must be what the weights were trained with, "
-            "its number of classes too",
+            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) "
+            f"{checkpointer.describe_unfilled('the teacher')}. TEACHER.CONFIG_FILE and "
+            "TEACHER.OPTS must be what the weights were trained with, its number of classes too",
             allow_random,
         )
+    else:
+        logger.info(f"Teacher: every entry loaded from {weights}.")
+    unused = checkpointer.unused_of_backbone
     if unused and not allow_random:
         raise ValueError(
             f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) holds {len(unused)} entries of a backbone "

@@ -14,8 +14,7 @@ from typing import Callable, Optional, Tuple
 from detectron2.config import CfgNode
 from torch import nn
 
-from ...data.config_checks import check_output
-from ...engine.trainer import DistillTrainer
+from ...engine.trainer import HOLDS_A_RUN, DistillTrainer, check_output
 from ..runs import is_distilled
 from .cost import check_cost
 from .data import check_datasets, register_each
@@ -91,10 +90,7 @@ def check_settings(cfg: CfgNode, report: CheckReport) -> None:
     with report.part("OUTPUT_DIR"):
         check_output(cfg)
     if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-        report.warn(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run already: without --resume its files are "
-            "overwritten."
-        )
+        report.warn(HOLDS_A_RUN.format(cfg.OUTPUT_DIR))
     if cfg.WANDB.ENABLED and find_spec("wandb") is None:
         report.problem("WANDB.ENABLED is True, but the package wandb is not installed.")
 

@@ -1,12 +1,10 @@
 """The detectors of a configuration: their weights, their classes, their levels."""
 
-import os
-
 from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
-from ...safe_loading import ReportingCheckpointer
+from ...safe_loading import ReportingCheckpointer, require_weights
 from .report import CheckReport, shortened
 
 
@@ -49,21 +47,18 @@ def load_student(
     if not weights:
         report.warn("MODEL.WEIGHTS is empty: the student starts from random weights.")
         return "random weights"
-    if "://" not in weights and not os.path.isfile(weights):
-        raise FileNotFoundError(f"there is no file {weights!r} (seen from {os.getcwd()}).")
+    require_weights("MODEL.WEIGHTS", weights)
     checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
     checkpointer.load(weights)
     keys = [k for k in model.state_dict() if not k.endswith("num_batches_tracked")]
-    result = checkpointer.incompatible
-    unfilled = {*result.missing_keys, *(key for key, *_ in result.incorrect_shapes)}
-    unfilled = [key for key in keys if key in unfilled]
+    unfilled = checkpointer.unfilled
     text = f"{len(keys) - len(unfilled)} of {len(keys)} entries filled from {weights}"
     if len(unfilled) == len(keys):
         report.warn(f"Nothing in MODEL.WEIGHTS ({weights}) fits the student.")
     if unfilled:
         parts = sorted({key.split(".")[0] for key in unfilled})
         text += f"; random: {len(unfilled)} in {', '.join(parts)}"
-    if unused := [k for k in result.unexpected_keys if k.startswith("backbone.")]:
+    if unused := checkpointer.unused_of_backbone:
         report.warn(
             f"MODEL.WEIGHTS ({weights}) holds {len(unused)} entries of a backbone for which the "
             f"student has no place, such as {unused[0]}: those of a deeper one?"
