@@ -9,10 +9,15 @@ from torch import nn
 from toy_step import attach, evaluate, leaves, toy_bank, toy_step
 
 from globalkd.losses import (
+    CWD,
+    DKD,
     FBKD,
+    FGD,
     FGFI,
     GID,
     ICD,
+    MGD,
+    PKD,
     RKD,
     DeFeat,
     FeatureRichness,
@@ -20,27 +25,35 @@ from globalkd.losses import (
     HintonKD,
     PredictionGuidedImitation,
     RankMimicking,
+    ReviewKD,
 )
 
 HEADS = {"positive_weight": 2.0, "negative_weight": 2.0}
 SMALL = {"hidden_dim": 8, "num_heads": 2, "start_iter": 0, "blur": 0.0}
-#: Name -> how to build the loss, and whether two-stage detectors have it.
+ANY, ONE, TWO = (True, False), (True,), (False,)
+#: Name -> how to build the loss, and the detectors that have it: one stage (True), two (False).
 LOSSES = {
-    "hinton": (lambda **k: HintonKD(**k), True),
-    "hinton_all": (lambda **k: HintonKD(rows="all", **k), True),
-    "rkd": (lambda: RKD(), True),
-    "rkd_prototypes": (lambda: RKD(relations="prototypes"), True),
-    "defeat": (lambda **k: DeFeat(**HEADS, **k), True),
-    "fitnet": (lambda: FitNet(), True),
-    "fgfi": (lambda **k: FGFI(**k), True),
-    "fbkd": (lambda: FBKD(), True),
-    "gid": (lambda: GID(num_instances=3, min_box_size=2.0, pooler_resolution=2), True),
-    "richness": (lambda: FeatureRichness(), True),
-    "rank": (lambda **k: RankMimicking(**k), False),
-    "pfi": (lambda: PredictionGuidedImitation(), False),
-    "icd": (lambda **k: ICD(**SMALL, **k), True),
+    "hinton": (lambda **k: HintonKD(**k), ANY),
+    "hinton_all": (lambda **k: HintonKD(rows="all", **k), ANY),
+    "rkd": (lambda: RKD(), ANY),
+    "rkd_prototypes": (lambda: RKD(relations="prototypes"), ANY),
+    "defeat": (lambda **k: DeFeat(**HEADS, **k), ANY),
+    "fitnet": (lambda: FitNet(), ANY),
+    "fgfi": (lambda **k: FGFI(**k), ANY),
+    "fbkd": (lambda: FBKD(), ANY),
+    "gid": (lambda: GID(num_instances=3, min_box_size=2.0, pooler_resolution=2), ANY),
+    "richness": (lambda: FeatureRichness(), ANY),
+    "rank": (lambda **k: RankMimicking(**k), ONE),
+    "pfi": (lambda: PredictionGuidedImitation(), ONE),
+    "icd": (lambda **k: ICD(**SMALL, **k), ANY),
+    "pkd": (lambda: PKD(), ANY),
+    "cwd": (lambda: CWD(), ANY),
+    "fgd": (lambda **k: FGD(**k), ANY),
+    "mgd": (lambda: MGD(mask_ratio=0.0), ANY),  # what is hidden is random
+    "dkd": (lambda **k: DKD(**k), TWO),
+    "review": (lambda: ReviewKD(), ANY),
 }
-WEIGHTED = ["hinton", "hinton_all", "defeat", "fgfi", "rank", "icd"]
+WEIGHTED = ["hinton", "hinton_all", "defeat", "fgfi", "rank", "icd", "fgd", "dkd"]
 #: Relations of a repeated batch have pairs without distance; invented objects are random.
 NOT_ADDITIVE = ["rkd", "gid", "icd"]
 #: No toy box is large enough for p4; a key's bias moves all of a query's scores alike.
@@ -63,11 +76,17 @@ REACHED = {
     "rank": {"scores"},
     "pfi": {"maps", "scores"},
     "icd": {"maps"},
+    "pkd": {"maps"},
+    "cwd": {"maps"},
+    "fgd": {"maps"},
+    "mgd": {"maps"},
+    "dkd": {"scores"},
+    "review": {"maps"},
 }
 
 
 def cases(names):
-    pairs = [(n, s) for n in names for s in (True, False) if s or LOSSES[n][1]]
+    pairs = [(n, s) for n in names for s in LOSSES[n][1]]
     ids = [f"{n}-{'retinanet' if s else 'rcnn'}" for n, s in pairs]
     return pytest.mark.parametrize(("name", "one_stage"), pairs, ids=ids)
 
@@ -82,13 +101,19 @@ def step(name, one_stage, **kwargs):
 
 
 def make_identity(loss):
-    """Adapters that change nothing, and both detectors' own modules alike."""
+    """Convolutions that change nothing, and both detectors' own modules alike."""
+    parts = ("adapters", "generators", "fusions")
     for name, module in loss.named_modules():
-        if isinstance(module, nn.Conv2d) and "adapters" in name:
+        if isinstance(module, nn.Conv2d) and any(part in name for part in parts):
             nn.init.dirac_(module.weight)
             nn.init.zeros_(module.bias)
+            if name.endswith("attend"):  # the level itself, and nothing of the coarser ones
+                nn.init.zeros_(module.weight)
+                module.bias.data = torch.tensor([100.0, -100.0])
     if isinstance(loss, FBKD):
         loss.teacher_relations.load_state_dict(loss.student_relations.state_dict())
+    if isinstance(loss, FGD):
+        loss.teacher_contexts.load_state_dict(loss.student_contexts.state_dict())
     if isinstance(loss, ICD):
         loss.student_value.load_state_dict(loss.decoder.value.state_dict())
 

@@ -11,14 +11,31 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from globalkd import add_globalkd_config
-from globalkd.losses import FGFI, GID, ICD, RKD, DeFeat, FeatureRichness, HintonKD, RankMimicking
+from globalkd.losses import (
+    CWD,
+    DKD,
+    FGD,
+    FGFI,
+    GID,
+    ICD,
+    MGD,
+    RKD,
+    DeFeat,
+    FeatureRichness,
+    HintonKD,
+    RankMimicking,
+)
 from globalkd.pairing import check_pair
 
 DRKD = ["PixelRelation", "InstanceRelation", "InstanceFeature"]
 MAPS = ["FitNet", "FGFI", "DeFeat", "FBKD", "RKD", "ICD", *DRKD]
+MAPS += ["CWD", "PKD", "FGD", "MGD", "ReviewKD"]
 BOTH = [*MAPS, "HintonKD", "GID", "FeatureRichness"]
 ONE_CELL = ("p6", "p7")  # levels of one cell for an image of 64 pixels
-METHODS = {"rcnn": BOTH, "retinanet": [*BOTH, "RankMimicking", "PredictionGuidedImitation"]}
+METHODS = {
+    "rcnn": [*BOTH, "DKD"],
+    "retinanet": [*BOTH, "RankMimicking", "PredictionGuidedImitation"],
+}
 
 
 def build(kind, losses, *opts, teacher=None):
@@ -72,6 +89,11 @@ def test_all_methods_train_together(kind, models):
     units = [
         f"losses.PixelRelation.{x}_units.{p}" for x in ("student", "teacher") for p in ONE_CELL
     ]
+    # Nor is there a choice in it for FGD's attention, and MGD may hide it.
+    units += [
+        f"losses.FGD.{x}_contexts.{p}.attend" for x in ("student", "teacher") for p in ONE_CELL
+    ]
+    units += [f"losses.MGD.generators.{p}" for p in ONE_CELL]
     expected = ("losses.FGFI.adapters", "losses.GID.adapters", *units)
     if kind == "rcnn":  # proposals are averaged, anchors divided by a running mean
         expected += ("losses.HintonKD.num_positives",)
@@ -137,12 +159,19 @@ def test_methods_that_read_maps_alone_cross_families():
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("loss", [RankMimicking(), HintonKD(), FeatureRichness(), GID()])
+@pytest.mark.parametrize("loss", [RankMimicking(), HintonKD(), FeatureRichness(), GID(), DKD()])
 def test_what_a_pair_cannot_have_is_refused_by_name(loss, models):
     teacher = models["retinanet"].distiller.teacher
     name = type(loss).__name__
     with pytest.raises(ValueError, match=rf"\['{name}'\].*MODEL.GLOBALKD.LOSSES"):
         check_pair(models["rcnn"], teacher, {name: loss}, levels=["p3"], num_classes=10)
+
+
+@pytest.mark.faults
+def test_a_softmax_method_is_refused_where_there_is_none(models):
+    model = models["retinanet"]
+    with pytest.raises(ValueError, match=r"\['DKD'\] are defined for two-stage.*a Faster R-CNN"):
+        check_pair(model, model.distiller.teacher, {"DKD": DKD()}, levels=["p3"], num_classes=10)
 
 
 @pytest.mark.faults
@@ -165,6 +194,10 @@ def test_levels_without_anchors_are_named(models):
         (lambda: RKD(max_instances=2), "RKD.MAX_INSTANCES is 2"),
         (lambda: FGFI(threshold=1.0), "FGFI.THRESHOLD is 1"),
         (lambda: GID(num_instances=0), "GID.NUM_INSTANCES is 0"),
+        (lambda: CWD(temperature=0.0), "CWD.TEMPERATURE is 0"),
+        (lambda: FGD(temperature=-1.0), "FGD.TEMPERATURE is -1"),
+        (lambda: MGD(mask_ratio=1.0), "MGD.MASK_RATIO is 1"),
+        (lambda: DKD(temperature=0.0), "DKD.TEMPERATURE is 0"),
         (lambda: ICD(hidden_dim=30, num_heads=2), "ICD.HIDDEN_DIM is 30"),
     ],
 )

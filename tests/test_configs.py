@@ -220,7 +220,8 @@ def test_distilling_detector_builds_with_its_teacher(name, build):
     """Levels match, losses and prototypes fit the pair; weights are not read."""
     cfg = load(name)
     distiller = build(cfg).distiller
-    assert [pair.stride for pair in distiller.levels] == (
-        [8, 16, 32, 64, 128] if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else [4, 8, 16, 32, 64]
-    )
+    own = range(3, 8) if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else range(2, 7)
+    levels = cfg.MODEL.GLOBALKD.IN_FEATURES or [f"p{i}" for i in own]
+    assert [pair.student for pair in distiller.levels] == levels
+    assert [f"p{pair.stride.bit_length() - 1}" for pair in distiller.levels] == levels
     assert list(distiller.losses) == cfg.MODEL.GLOBALKD.LOSSES

@@ -69,7 +69,7 @@ def cases(without=()):
             for name, settings in VARIANTS
             for one_stage in (True, False)
             if name not in without
-            and (one_stage or not DISTILL_LOSS_REGISTRY.get(name).one_stage_only)
+            and DISTILL_LOSS_REGISTRY.get(name).stages in ("any", "one" if one_stage else "two")
             and (one_stage or "one_stage" not in settings)
         ],
     )

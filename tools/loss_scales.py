@@ -35,9 +35,9 @@ def load(config_file, opts, *, every_loss):
     cfg = load_config(config_file, opts)
     node = cfg.MODEL.GLOBALKD
     if every_loss:
-        one_stage = "RetinaNet" in cfg.MODEL.META_ARCHITECTURE
+        stages = "one" if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else "two"
         losses = dict(DISTILL_LOSS_REGISTRY)
-        node.LOSSES = [n for n, x in losses.items() if one_stage or not x.one_stage_only]
+        node.LOSSES = [n for n, x in losses.items() if x.stages in ("any", stages)]
     node.WARMUP_ITERS, node.STOP_ITER, node.DECAY = 0, 0, "none"
     fall_back_to_cpu(cfg)
     return cfg

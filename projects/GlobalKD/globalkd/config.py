@@ -27,6 +27,7 @@ def add_globalkd_config(cfg: CN) -> None:
     _add_globalkd_loss_keys(cfg.MODEL.GLOBALKD)
     _add_drkd_keys(cfg.MODEL.GLOBALKD)
     _add_comparison_keys(cfg.MODEL.GLOBALKD)
+    _add_further_keys(cfg.MODEL.GLOBALKD)
 
 
 def _add_dataset_keys(cfg: CN) -> None:
@@ -372,3 +373,51 @@ def _add_comparison_keys(node: CN) -> None:
     node.ICD.BLUR = 0.3
     # Weight each object's attention by its reliability.
     node.ICD.USE_RELIABILITY = False
+
+
+def _add_further_keys(node: CN) -> None:
+    node.CWD = CN()
+    # Weight of the channels' distributions over the cells (loss "CWD").
+    node.CWD.WEIGHT = 50.0
+    # Temperature of these.
+    node.CWD.TEMPERATURE = 1.0
+
+    node.PKD = CN()
+    # Weight of the correlation of the maps (loss "PKD"; its authors: 40 for RetinaNet).
+    node.PKD.WEIGHT = 24.0
+
+    node.FGD = CN()
+    # Weight of the maps on annotated boxes (loss "FGD"; paper: alpha).
+    node.FGD.OBJECT_WEIGHT = 0.0512
+    # Weight of the maps elsewhere (beta).
+    node.FGD.BACKGROUND_WEIGHT = 0.0256
+    # Weight of the spatial attention (gamma).
+    node.FGD.SPATIAL_WEIGHT = 4.46
+    # Weight of the channel attention (gamma).
+    node.FGD.CHANNEL_WEIGHT = 0.0512
+    # Weight of the maps with their image's context (lambda).
+    node.FGD.RELATION_WEIGHT = 11.4
+    # Temperature of the attention.
+    node.FGD.TEMPERATURE = 0.5
+    # Weight each box's cells by its reliability.
+    node.FGD.USE_RELIABILITY = False
+
+    node.MGD = CN()
+    # Weight of the generated maps (loss "MGD"; its authors: 115 for RetinaNet).
+    node.MGD.WEIGHT = 11.4
+    # Share of the cells that is hidden (paper: lambda).
+    node.MGD.MASK_RATIO = 0.45
+
+    node.DKD = CN()
+    # Weight of the target class's probability (loss "DKD", two-stage only; paper: alpha).
+    node.DKD.TARGET_WEIGHT = 1.0
+    # Weight of the other classes' distribution among themselves (beta).
+    node.DKD.OTHERS_WEIGHT = 0.25
+    # Temperature of both.
+    node.DKD.TEMPERATURE = 1.0
+    # Weight each positive by its reliability.
+    node.DKD.USE_RELIABILITY = False
+
+    node.REVIEW_KD = CN()
+    # Weight of the fused levels (loss "ReviewKD").
+    node.REVIEW_KD.WEIGHT = 5.0

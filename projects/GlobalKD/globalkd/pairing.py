@@ -38,12 +38,15 @@ def check_pair(
     def asking(*demands: str) -> List[str]:
         return [n for n, loss in losses.items() if any(getattr(loss, d) for d in demands)]
 
-    if asking("one_stage_only") and _head_kind(student) != "dense":
-        raise ValueError(
-            f"{asking('one_stage_only')} are defined for one-stage detectors, but the student "
-            f"({type(student).__name__}) has {_head_kind(student)} heads. Take them out of "
-            "MODEL.GLOBALKD.LOSSES, or distil a RetinaNet."
-        )
+    for stages, kind in (("one", "dense"), ("two", "box")):
+        defined = [n for n, loss in losses.items() if loss.stages == stages]
+        if defined and _head_kind(student) != kind:
+            raise ValueError(
+                f"{defined} are defined for {stages}-stage detectors, but the student "
+                f"({type(student).__name__}) has {_head_kind(student)} heads. Take them out of "
+                "MODEL.GLOBALKD.LOSSES, or distil "
+                f"{'a RetinaNet' if stages == 'one' else 'a Faster R-CNN'}."
+            )
     comparing = asking("needs_responses", "needs_predictions")
     by_anchor = asking("needs_dense")
     if _head_kind(student) == "dense":

@@ -41,7 +41,7 @@ class DistillLoss(nn.Module):
         needs_predictions: whether it reads `context.predictions`.
         needs_anchors: whether it reads `context.student_dense`, on every level.
         needs_dense: whether it reads `context.teacher_dense`, on every level.
-        one_stage_only: whether the method is defined for one-stage detectors alone.
+        stages: the detectors that the method is defined for: "any", "one" stage or "two".
         num_classes: K; set before `attach` is called.
     """
 
@@ -50,7 +50,7 @@ class DistillLoss(nn.Module):
     needs_predictions: bool = False
     needs_anchors: bool = False
     needs_dense: bool = False
-    one_stage_only: bool = False
+    stages: str = "any"
     num_classes: int = 0
 
     def __init__(self, weights: Dict[str, float], *, use_reliability: bool = False):

@@ -36,18 +36,20 @@ def attention(maps: Tensor) -> Tuple[Tensor, Tensor]:
     return magnitude.mean(dim=1, keepdim=True), magnitude.mean(dim=(2, 3), keepdim=True)
 
 
-def attention_mask(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Softmax of the sum of both detectors' attention, times its length; no gradient.
+def softmax_mask(values: Tensor, temperature: float) -> Tensor:
+    """Softmax of an image's values times their number, so that their mean is 1; float32.
 
     Args:
-        student, teacher: (N, 1, H, W) or (N, D, 1, 1).
+        values: (N, 1, H, W) or (N, D, 1, 1).
         temperature: T > 0.
-
-    Returns:
-        Of the same shape, with mean 1 in each image.
     """
-    both = ((student + teacher).detach().float() / temperature).flatten(1)
-    return (both.softmax(dim=1) * both.shape[1]).view_as(student)
+    flat = (values.float() / temperature).flatten(1)
+    return (flat.softmax(dim=1) * flat.shape[1]).view_as(values)
+
+
+def attention_mask(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`softmax_mask` of the sum of both detectors' attention; no gradient."""
+    return softmax_mask((student + teacher).detach(), temperature)
 
 
 class NonLocal(nn.Module):

@@ -103,6 +103,17 @@ def build_adapters(levels: Sequence[LevelPair], *, kernel_size: int, relu: bool)
     return nn.ModuleDict({pair.student: adapter(pair) for pair in levels})
 
 
+def build_alignment(levels: Sequence[LevelPair]) -> nn.ModuleDict:
+    """A 1x1 convolution where the widths of a level differ; where they are equal, nothing."""
+
+    def alignment(pair: LevelPair) -> nn.Module:
+        if pair.student_channels == pair.teacher_channels:
+            return nn.Identity()
+        return nn.Conv2d(pair.student_channels, pair.teacher_channels, 1)
+
+    return nn.ModuleDict({pair.student: alignment(pair) for pair in levels})
+
+
 @DISTILL_LOSS_REGISTRY.register()
 class FeatureKnowledge(DistillLoss):
     """`loss_kd_feature`, and `loss_kd_background` outside the boxes; mean over levels.

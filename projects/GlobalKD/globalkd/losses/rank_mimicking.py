@@ -61,7 +61,7 @@ class RankMimicking(DistillLoss):
     """
 
     needs_responses = True
-    one_stage_only = True
+    stages = "one"
 
     @configurable
     def __init__(self, *, weight: float = 4.0, use_reliability: bool = False):
@@ -122,7 +122,7 @@ class PredictionGuidedImitation(DistillLoss):
     """
 
     needs_dense = True
-    one_stage_only = True
+    stages = "one"
 
     @configurable
     def __init__(self, *, weight: float = 1.5):
