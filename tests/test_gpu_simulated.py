@@ -44,10 +44,8 @@ OURS = {
     "instance_relation": lambda: InstanceRelation(),
     "instance_feature": lambda: InstanceFeature(),
 }
-EVERYWHERE = {**OURS, **{name: make for name, (make, two_stage) in LOSSES.items() if two_stage}}
-ONE_STAGE = {name: make for name, (make, two_stage) in LOSSES.items() if not two_stage}
-CASES = [(n, m, True) for n, m in {**EVERYWHERE, **ONE_STAGE}.items()]
-CASES += [(n, m, False) for n, m in EVERYWHERE.items()]
+CASES = [(n, make, one_stage) for n, make in OURS.items() for one_stage in (True, False)]
+CASES += [(n, make, one_stage) for n, (make, kinds) in LOSSES.items() for one_stage in kinds]
 
 
 class NoWaitingCopy(TorchDispatchMode):
