@@ -6,7 +6,7 @@ from toy_step import attach, leaves, toy_bank, toy_step
 
 from globalkd.losses import FeatureKnowledge
 from globalkd.losses.base import InstanceRows
-from globalkd.losses.feature import box_mask
+from globalkd.losses.feature import box_mask, instance_masks
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -30,7 +30,7 @@ def test_the_background_term_still_sees_every_cell():
     loss = attach(FeatureKnowledge(background_weight=4.0), context)
     terms = loss(context)
     (grad,) = torch.autograd.grad(terms["loss_kd_background"], [context.student_maps["p3"]])
-    outside = loss._masks(context)[0] == 0
+    outside = instance_masks(loss, context, share=False)[0] == 0
     assert outside.any() and (grad.abs().sum(dim=1)[outside] > 0).all()
 
 

@@ -75,6 +75,25 @@ def _cells_inside(
     return inside.to(boxes.dtype).split(counts, dim=1)
 
 
+def instance_masks(loss: DistillLoss, context: DistillContext, *, share: bool) -> List[Tensor]:
+    """Per level (N, H, W), what a cell of the context's instances counts; 0 outside all of them.
+
+    Args:
+        loss: whether it weighs instances by their reliability.
+        share: see `box_mask`.
+    """
+    maps = [context.teacher_maps[pair.student] for pair in context.levels]
+    weights = [loss.instance_weight(context, pair.student).float() for pair in context.levels]
+    return box_masks(
+        context.instances,
+        # 0 would turn an instance's cells into background.
+        [weight.clamp_min(1e-6) for weight in weights],
+        sizes=[(len(x), *x.shape[-2:]) for x in maps],
+        strides=[pair.stride for pair in context.levels],
+        share=share,
+    )
+
+
 def weighted_feature_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """Half the squared difference, mean over channels, weighted mean over cells.
 
@@ -169,7 +188,7 @@ class FeatureKnowledge(DistillLoss):
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         names = [pair.student for pair in context.levels]
-        masks = self._masks(context)
+        masks = instance_masks(self, context, share=self.equal_boxes)
         errors = self._dense if self._whole_maps(context) else self._inside
         terms = [errors(context, name, mask) for name, mask in zip(names, masks)]
         return {name: torch.stack([x[name] for x in terms]).mean() for name in self.weights}
@@ -202,15 +221,3 @@ class FeatureKnowledge(DistillLoss):
         student = student.relu() if self.adapter_relu else student
         teacher = context.teacher_maps[name].permute(0, 2, 3, 1)[image, y, x]
         return {"loss_kd_feature": weighted_feature_loss(student, teacher, mask[image, y, x])}
-
-    def _masks(self, context: DistillContext) -> List[Tensor]:
-        maps = context.teacher_maps.values()
-        weights = [self.instance_weight(context, pair.student) for pair in context.levels]
-        return box_masks(
-            context.instances,
-            # 0 would turn an instance's cells into background.
-            [weight.float().clamp_min(1e-6) for weight in weights],
-            sizes=[(len(x), *x.shape[-2:]) for x in maps],
-            strides=[pair.stride for pair in context.levels],
-            share=self.equal_boxes,
-        )

@@ -5,7 +5,7 @@
 Shapes: N images, D channels, H x W cells of a level.
 """
 
-from typing import Dict, List, Sequence
+from typing import Dict, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..features import LevelPair
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .fbkd import attention, softmax_mask
-from .feature import box_masks, build_alignment
+from .feature import build_alignment, instance_masks
 
 
 class ContextBlock(nn.Module):
@@ -128,8 +128,8 @@ class FGD(DistillLoss):
             )
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
-        levels = []
-        for pair, mask in zip(context.levels, self._object_masks(context)):
+        levels, masks = [], instance_masks(self, context.on_ground_truth, share=True)
+        for pair, mask in zip(context.levels, masks):
             name = pair.student
             student = self.adapters[name](context.student_maps[name]).float()
             teacher = context.teacher_maps[name].float()
@@ -156,17 +156,3 @@ class FGD(DistillLoss):
             "loss_kd_fgd_spatial": F.l1_loss(ours[0], theirs[0]),
             "loss_kd_fgd_channel": F.l1_loss(ours[1], theirs[1]),
         }
-
-    def _object_masks(self, context: DistillContext) -> List[Tensor]:
-        """Per level (N, H, W): a box's weight, shared by its cells; 0 outside all boxes."""
-        annotated = context.on_ground_truth
-        names = [pair.student for pair in context.levels]
-        weights = [self.instance_weight(annotated, name).float() for name in names]
-        maps = [context.teacher_maps[name] for name in names]
-        return box_masks(
-            context.ground_truth,
-            [weight.clamp_min(1e-6) for weight in weights],  # 0 would make it background
-            sizes=[(len(x), *x.shape[-2:]) for x in maps],
-            strides=[pair.stride for pair in context.levels],
-            share=True,
-        )
