@@ -163,7 +163,7 @@ def test_mgd_hides_its_share_of_cells_anew_each_time(ratio, monkeypatch):
 
 
 def test_dkd_splits_the_divergence_as_the_paper_does():
-    """Eq. 6: the whole divergence is TCKD + (1 - p of the teacher's target) NCKD."""
+    """The whole divergence is TCKD + (1 - p of the teacher's target) NCKD."""
     context = toy_step(one_stage=False)
     x = context.candidates
     terms = evaluate(DKD(temperature=2.0), context)

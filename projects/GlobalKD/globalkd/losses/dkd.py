@@ -37,7 +37,7 @@ def decouple(logits: Tensor, labels: Tensor, temperature: float) -> Tuple[Tensor
 
 @DISTILL_LOSS_REGISTRY.register()
 class DKD(DistillLoss):
-    """`loss_kd_dkd_target` (TCKD) and `loss_kd_dkd_others` (NCKD), Eq. 7; mean over proposals.
+    """`loss_kd_dkd_target` (TCKD) and `loss_kd_dkd_others` (NCKD); mean over proposals.
 
     TCKD is T^2 times the binary KL divergence of the target's probability, NCKD that of the other
     classes' distribution among themselves. A proposal's target is the class that the student's head

@@ -51,8 +51,8 @@ class ContextBlock(nn.Module):
 
 @DISTILL_LOSS_REGISTRY.register()
 class FGD(DistillLoss):
-    """Focal terms `loss_kd_fgd_object` and `_background` (Eq. 7), `_spatial` and `_channel`
-    (Eq. 8), and the global term `_relation` (Eq. 9).
+    """Focal terms `loss_kd_fgd_object`, `_background`, `_spatial` and `_channel`, and the global
+    term `loss_kd_fgd_relation`.
 
     Focal: A^S_t A^C_t (t - s)^2, mean over channels. Objects: on the annotated boxes, each box's
     mean over its cells, of boxes that overlap the smaller one; summed over an image's boxes, mean

@@ -18,7 +18,7 @@ from .feature import build_alignment
 
 @DISTILL_LOSS_REGISTRY.register()
 class MGD(DistillLoss):
-    """`loss_kd_mgd`: |G(s M) - t|^2 (Eq. 3 to 5), mean over cells, channels, images and levels.
+    """`loss_kd_mgd`: |G(s M) - t|^2, mean over cells, channels, images and levels.
 
     M is 0 on a random share lambda of the cells, drawn anew for each step, image and level, and 1
     elsewhere. G is two 3x3 convolutions with a ReLU between them, on each level.

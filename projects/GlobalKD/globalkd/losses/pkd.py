@@ -34,7 +34,7 @@ def correlation_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 @DISTILL_LOSS_REGISTRY.register()
 class PKD(DistillLoss):
-    """`loss_kd_pkd`: 1 - r of each channel (Eq. 4 and 5), mean over channels and levels.
+    """`loss_kd_pkd`: 1 - r of each channel, mean over channels and levels.
 
     Default: the weight 6 of the authors' configuration for Faster R-CNN in MMRazor, on each of P2
     to P5, which it sums: 24 times their mean. For RetinaNet it is 10 on each of P3 to P6: 40, as in
