@@ -6,7 +6,7 @@ The equations are in `test_comparison_equations`.
 import pytest
 import torch
 from torch import nn
-from toy_step import attach, evaluate, leaves, toy_bank, toy_step
+from toy_step import DEPTH, attach, evaluate, leaves, toy_bank, toy_step
 
 from globalkd.losses import (
     CWD,
@@ -19,6 +19,7 @@ from globalkd.losses import (
     MGD,
     PKD,
     RKD,
+    CrossKD,
     DeFeat,
     FeatureRichness,
     FitNet,
@@ -52,6 +53,7 @@ LOSSES = {
     "mgd": (lambda: MGD(mask_ratio=0.0), ANY),  # what is hidden is random
     "dkd": (lambda **k: DKD(**k), TWO),
     "review": (lambda: ReviewKD(), ANY),
+    "cross": (lambda: CrossKD(), ONE),
 }
 WEIGHTED = ["hinton", "hinton_all", "defeat", "fgfi", "rank", "icd", "fgd", "dkd"]
 #: Relations of a repeated batch have pairs without distance; invented objects are random.
@@ -82,6 +84,7 @@ REACHED = {
     "mgd": {"maps"},
     "dkd": {"scores"},
     "review": {"maps"},
+    "cross": {"hidden"},
 }
 
 
@@ -142,6 +145,7 @@ def reached(context):
         "maps": context.student_maps.values(),
         "scores": [*dense.logits.values(), context.candidates.logits],
         "boxes": dense.deltas.values(),
+        "hidden": [x for level in dense.hidden[DEPTH] for x in level],
     }
     return {
         kind
@@ -190,7 +194,9 @@ def test_the_order_of_boxes_does_not_matter(name, one_stage):
 def test_the_same_images_twice_give_the_same_terms(name, one_stage):
     once, twice = (step(name, one_stage, counts=(4, 2), repeat=n) for n in (1, 2))
     losses = [build(name, x) for x in (once, twice)]
-    for _ in range(200 if name == "hinton_all" else 0):  # until its running mean is the mean
+    for _ in range(
+        200 if name in ("hinton_all", "cross") else 0
+    ):  # until its running mean is the mean
         for loss, context in zip(losses, (once, twice)):
             evaluate(loss, context)
     expected, terms = (evaluate(loss, x) for loss, x in zip(losses, (once, twice)))

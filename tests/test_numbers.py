@@ -9,11 +9,12 @@ import torch
 from detectron2.utils.events import EventStorage
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_step import SIZE, attach, evaluate, leaves, toy_bank, toy_step
+from toy_step import DEPTH, SIZE, attach, evaluate, leaves, toy_bank, toy_step
 
 from globalkd import register_datasets
 from globalkd.engine.trainer import DistillTrainer
-from globalkd.losses import DISTILL_LOSS_REGISTRY, DistillLoss
+from globalkd.losses import DISTILL_LOSS_REGISTRY, DistillLoss, StudentOutputs
+from globalkd.non_finite import NonFiniteLosses
 
 #: Small modules for toy maps, and terms that are off by default.
 SETTINGS = {
@@ -208,6 +209,25 @@ def test_a_skipped_step_has_the_gradients_of_the_detection_losses(diverging, kin
             torch.testing.assert_close(gradient, expected[name], msg=name)
         else:
             assert name.startswith("distiller.losses.") and not gradient.any()
+
+
+@pytest.mark.parametrize("one_stage", [True, False])
+def test_nothing_that_the_student_leaves_lets_gradients_of_a_skipped_step_through(one_stage):
+    context = toy_step(one_stage=one_stage)
+    watch, grads = NonFiniteLosses(skip=True), []
+    for finite in (True, False):
+        outputs = watch.watch_student(
+            StudentOutputs(
+                context.student_maps, context.candidates, context.positives, context.student_dense
+            )
+        )
+        dense = outputs.dense
+        tensors = [*outputs.features.values(), *dense.logits.values(), *dense.deltas.values()]
+        tensors += [outputs.candidates.logits]
+        tensors += [x for level in dense.hidden[DEPTH] for x in level]
+        watch._finite = torch.tensor(finite)
+        grads.append(torch.autograd.grad(sum(x.sum() for x in tensors), leaves(context)))
+    assert all(x.all() for x in grads[0]) and not any(x.any() for x in grads[1])
 
 
 def test_a_copy_skips_steps_as_well(diverging, batch):

@@ -19,6 +19,8 @@ from globalkd.structures import PrototypeSet
 
 SIZE, CLASSES, ANCHORS = 64, 4, 2
 STRIDES = {"p3": 8, "p4": 16}
+#: How deep in the dense heads' towers the toys' hidden maps are.
+DEPTH = 3
 
 
 @dataclass
@@ -86,7 +88,7 @@ def toy_step(
         candidates=candidates,
         instances=positives if instances == "positives" else ground_truth,
         pooler=InstancePooler(2),
-        teacher=None,
+        teacher=ToyTeacher(teacher[1]),
         bank=bank,
         student_dense=dense,
         iteration=10_000,
@@ -97,19 +99,40 @@ def toy_step(
         {n: x.detach() for n, x in teacher[1].logits.items()},
         {n: x.detach() for n, x in teacher[1].deltas.items()},
         dense.transform,
+        {d: [(x.detach(), y.detach()) for x, y in v] for d, v in teacher[1].hidden.items()},
     )
+    context.teacher.dense = context.teacher_dense
     return context
+
+
+@dataclass
+class ToyTeacher:
+    """Its head says of towers what it says of its own, and how much more than those they hold."""
+
+    dense: DenseOutputs
+
+    def finish_towers(self, hidden, depth):
+        outputs = [], []
+        for level, name in enumerate(self.dense.logits):
+            own = self.dense.logits[name], self.dense.deltas[name]
+            for maps, x, of_tower, own_tower in zip(
+                outputs, own, hidden[level], self.dense.hidden[depth][level]
+            ):
+                more = (of_tower.relu() - own_tower.relu()).mean(dim=1, keepdim=True)
+                maps.append(x.permute(0, 3, 4, 1, 2).flatten(1, 2) + more)
+        return outputs
 
 
 def leaves(context):
     dense = context.student_dense
     groups = (context.student_maps, dense.logits, dense.deltas)
     tensors = [x for group in groups for x in group.values()] + [context.candidates.logits]
+    tensors += [x for level in dense.hidden[DEPTH] for x in level]
     return [x for x in tensors if x.is_leaf]  # RetinaNet's candidates are its dense logits
 
 
 def _detector(num_images, channels, num_scores, generator, repeat, fill):
-    maps, logits, deltas, anchors = {}, {}, {}, {}
+    maps, logits, deltas, anchors, hidden = {}, {}, {}, {}, []
     for name, stride in STRIDES.items():
         n = SIZE // stride
         shape = num_images, n, n, ANCHORS
@@ -121,12 +144,14 @@ def _detector(num_images, channels, num_scores, generator, repeat, fill):
 
         maps[name] = leaf(num_images, channels, n, n)
         logits[name], deltas[name] = leaf(*shape, num_scores), leaf(*shape, 4, scale=0.1)
+        own = maps[name].detach()
+        hidden.append([own[:, i : i + 3].clone().requires_grad_() for i in (0, 3)])
         y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
         centre = (torch.stack([x, y, x, y], dim=-1)[:, :, None] + 0.5) * stride
         wide = torch.tensor([[-2.0, -1, 2, 1], [-1, -2, 1, 2]]) * stride / 2
         anchors[name] = centre + wide
     transform = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
-    return maps, DenseOutputs(anchors, logits, deltas, transform)
+    return maps, DenseOutputs(anchors, logits, deltas, transform, {DEPTH: hidden})
 
 
 def _instances(count, generator, order, move_boxes):

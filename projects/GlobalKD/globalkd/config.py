@@ -421,3 +421,12 @@ def _add_further_keys(node: CN) -> None:
     node.REVIEW_KD = CN()
     # Weight of the fused levels (loss "ReviewKD").
     node.REVIEW_KD.WEIGHT = 5.0
+
+    node.CROSS_KD = CN()
+    # Weight of the class predictions of the teacher's head on the student's features (loss
+    # "CrossKD", RetinaNet only).
+    node.CROSS_KD.CLASS_WEIGHT = 1.0
+    # Weight of its box predictions.
+    node.CROSS_KD.BOX_WEIGHT = 1.0
+    # The convolution of the head's towers, from 1, after which the teacher's head takes over.
+    node.CROSS_KD.DEPTH = 3

@@ -1,14 +1,14 @@
 """Dense heads: where a detector scores every anchor of every cell.
 
 RetinaNet's head scores K classes; the RPN of a two-stage detector scores one, "object". Here: how
-to find it and the shape that its outputs take for the losses. Not here: running it, and what is
-learned from it.
+to find it, the shape that its outputs take for the losses, and how a RetinaNet head is cut in two.
+Not here: running it, and what is learned from it.
 
 Shapes: N images, H x W cells of a level, A anchors of a cell, C scores of an anchor (K or 1).
 """
 
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
+from dataclasses import dataclass, field
+from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.modeling import RetinaNet
@@ -47,6 +47,54 @@ def find_dense_head(model: nn.Module) -> Optional[DenseHead]:
     return None
 
 
+#: What the two towers of a RetinaNet head hold at some depth, on one level: of the class tower and
+#: of the box tower, (N, D, H, W) each, before the activation.
+Hidden = Tuple[Tensor, Tensor]
+
+
+def _towers(head: nn.Module) -> Tuple[nn.Sequential, nn.Sequential]:
+    return head.cls_subnet, head.bbox_subnet
+
+
+def _activations(tower: nn.Sequential) -> List[int]:
+    return [i for i, layer in enumerate(tower) if isinstance(layer, nn.ReLU)]
+
+
+def tower_depth(head: nn.Module) -> int:
+    """How many activations the class tower of a RetinaNet head has; 0 of another head."""
+    return len(_activations(head.cls_subnet)) if hasattr(head, "cls_subnet") else 0
+
+
+def tower_layers(head: nn.Module, depths: Iterable[int]) -> Dict[Tuple[int, int], nn.Module]:
+    """The layers of a RetinaNet head that feed the activation number `depth` (from 1) of a tower.
+
+    Returns:
+        (depth, tower) -> layer; tower 0 is that of classes, 1 that of boxes.
+    """
+    return {
+        (depth, number): tower[_activations(tower)[depth - 1] - 1]
+        for depth in depths
+        for number, tower in enumerate(_towers(head))
+    }
+
+
+def finish_towers(
+    head: nn.Module, hidden: Sequence[Hidden], depth: int
+) -> Tuple[List[Tensor], List[Tensor]]:
+    """What a RetinaNet head makes of what its towers hold at a depth; as its `forward` returns it.
+
+    Args:
+        head: with or without gradient.
+        hidden: of each level, in the order of the head.
+        depth: number of the activation, from 1, that comes next.
+    """
+    classes, boxes = (tower[_activations(tower)[depth - 1] :] for tower in _towers(head))
+    return (
+        [head.cls_score(classes(x)) for x, _ in hidden],
+        [head.bbox_pred(boxes(x)) for _, x in hidden],
+    )
+
+
 @dataclass
 class DenseOutputs:
     """What a dense head says of every anchor. Levels have the student's names, finest first.
@@ -56,18 +104,25 @@ class DenseOutputs:
         logits: level -> (N, H, W, A, C).
         deltas: level -> (N, H, W, A, 4), what `transform` applies to the anchors.
         transform: see `DenseHead`.
+        hidden: depth -> what a RetinaNet head's towers held there, level by level, for the depths
+            that losses ask for.
     """
 
     anchors: Dict[str, Tensor]
     logits: Dict[str, Tensor]
     deltas: Dict[str, Tensor]
     transform: Box2BoxTransform
+    hidden: Dict[int, List[Hidden]] = field(default_factory=dict)
 
     @staticmethod
     def collect(
-        head: DenseHead, anchors: Sequence[Boxes], logits: List[Tensor], deltas: List[Tensor]
+        head: DenseHead,
+        anchors: Sequence[Boxes],
+        logits: List[Tensor],
+        deltas: List[Tensor],
+        hidden: Optional[Mapping[Tuple[int, int], List[Tensor]]] = None,
     ) -> "DenseOutputs":
-        """From what `head.anchor_generator` and `head.module` returned."""
+        """From what `head.anchor_generator`, `head.module` and its `tower_layers` returned."""
         shaped_anchors, shaped_logits, shaped_deltas = {}, {}, {}
         for name, boxes, scores, offsets in zip(head.in_features, anchors, logits, deltas):
             height, width = scores.shape[-2:]
@@ -77,14 +132,17 @@ class DenseOutputs:
             )
             shaped_anchors[name] = boxes.tensor.view(height, width, -1, 4)
             num_anchors = shaped_anchors[name].shape[2]
-            shaped_logits[name] = _by_cell(scores, num_anchors)
-            shaped_deltas[name] = _by_cell(offsets, num_anchors)
-        return DenseOutputs(shaped_anchors, shaped_logits, shaped_deltas, head.transform)
+            shaped_logits[name] = by_cell(scores, num_anchors)
+            shaped_deltas[name] = by_cell(offsets, num_anchors)
+        by_depth = {
+            depth: list(zip(hidden[depth, 0], hidden[depth, 1])) for depth, _ in hidden or ()
+        }
+        return DenseOutputs(shaped_anchors, shaped_logits, shaped_deltas, head.transform, by_depth)
 
     def renamed(self, names: Sequence[str]) -> "DenseOutputs":
         """The same outputs, with other names for the levels, in order."""
         parts = [dict(zip(names, x.values())) for x in (self.anchors, self.logits, self.deltas)]
-        return DenseOutputs(*parts, self.transform)
+        return DenseOutputs(*parts, self.transform, self.hidden)
 
     @property
     def flat_anchors(self) -> Tensor:
@@ -102,6 +160,6 @@ class DenseOutputs:
         return torch.cat([x.flatten(1, 3) for x in self.deltas.values()], dim=1)
 
 
-def _by_cell(maps: Tensor, num_anchors: int) -> Tensor:
+def by_cell(maps: Tensor, num_anchors: int) -> Tensor:
     """(N, A C, H, W) -> (N, H, W, A, C)."""
     return maps.unflatten(1, (num_anchors, -1)).permute(0, 3, 4, 1, 2)

@@ -5,7 +5,7 @@ weights. It does not know how any loss works, nor which meta-architecture it ser
 """
 
 import logging
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -199,6 +199,11 @@ class Distiller(nn.Module):
             loss.attach(self.levels)
         self.to(next(student.parameters()).device)
 
+    @property
+    def hidden_depths(self) -> Tuple[int, ...]:
+        """The depths of the dense heads' towers that losses read."""
+        return tuple(sorted({x.hidden_depth for x in self.losses.values() if x.hidden_depth}))
+
     def factor(self, iteration: int) -> float:
         """Factor on all distillation weights at an iteration; see `weight_factor`."""
         return weight_factor(iteration, **self.schedule)
@@ -337,6 +342,7 @@ class Distiller(nn.Module):
             student_dense=student.dense,
             all_rows=any(loss.needs_predictions for loss in losses),
             dense_read=any(loss.needs_dense for loss in losses),
+            hidden_depths=self.hidden_depths,
             iteration=iteration,
             batched_inputs=batched_inputs,
         )

@@ -8,7 +8,7 @@ Shapes: N images, L levels, H x W cells of a level, R boxes, D channels.
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Hashable, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -29,13 +29,26 @@ def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[Dict[str, Any]]
         name -> the module's latest output; a name is absent until its module has run.
     """
     outputs: Dict[str, Any] = {}
+    with _hooked(modules, outputs.__setitem__):
+        yield outputs
 
+
+@contextmanager
+def record_calls(modules: Mapping[Hashable, nn.Module]) -> Iterator[Dict[Hashable, List[Any]]]:
+    """As `record_outputs`, but all that a module returns while the block runs, call by call."""
+    outputs: Dict[Hashable, List[Any]] = {name: [] for name in modules}
+    with _hooked(modules, lambda name, output: outputs[name].append(output)):
+        yield outputs
+
+
+@contextmanager
+def _hooked(modules: Mapping, keep: Callable[[Hashable, Any], None]) -> Iterator[None]:
     def hook(name):
-        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+        return lambda _module, _inputs, output: keep(name, output)
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
-        yield outputs
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -6,7 +6,7 @@ In evaluation, and without a distiller, they are the stock detectors.
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, ContextManager, Dict, Iterator, List, Optional, Tuple
+from typing import Any, ClassVar, Dict, Iterator, List, Optional, Tuple
 from unittest import mock
 
 import torch
@@ -17,9 +17,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .dense_head import DenseOutputs, find_dense_head
+from .dense_head import DenseOutputs, find_dense_head, tower_layers
 from .distiller import Distiller
-from .features import record_outputs
+from .features import record_calls, record_outputs
 from .losses import Candidates, DistillContext, Positives, StudentOutputs
 
 _HIDDEN = "distiller."
@@ -110,8 +110,16 @@ class DistillMixin:
         losses.update(self.distiller(batched_inputs, self._outputs(recorded), losses, teacher_pass))
         return losses
 
-    def _recording(self) -> ContextManager[Dict[str, Any]]:
-        return record_outputs(self._recorded_modules())
+    @contextmanager
+    def _recording(self) -> Iterator[Dict[str, Any]]:
+        depths, dense = self.distiller.hidden_depths, find_dense_head(self)
+        layers = tower_layers(dense.module, depths) if depths else {}
+        with (
+            record_outputs(self._recorded_modules()) as recorded,
+            record_calls(layers) as recorded_layers,
+        ):
+            recorded["hidden"] = recorded_layers
+            yield recorded
 
     def _recorded_modules(self) -> Dict[str, nn.Module]:
         modules = {"backbone": self.backbone}
@@ -124,7 +132,9 @@ class DistillMixin:
         candidates, positives = self._scored(recorded)
         dense = find_dense_head(self)
         if dense is not None:
-            dense = DenseOutputs.collect(dense, recorded["anchors"], *recorded["dense_head"])
+            dense = DenseOutputs.collect(
+                dense, recorded["anchors"], *recorded["dense_head"], recorded["hidden"]
+            )
         return StudentOutputs(recorded["backbone"], candidates, positives, dense)
 
 

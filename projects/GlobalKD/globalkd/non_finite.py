@@ -67,7 +67,12 @@ class NonFiniteLosses:
 
         dense = student.dense
         if dense is not None:
-            dense = replace(dense, logits=aliases(dense.logits), deltas=aliases(dense.deltas))
+            dense = replace(
+                dense,
+                logits=aliases(dense.logits),
+                deltas=aliases(dense.deltas),
+                hidden={d: [(alias(x), alias(y)) for x, y in h] for d, h in dense.hidden.items()},
+            )
         return replace(
             student,
             features=aliases(student.features),

@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import nn
 
-from .dense_head import find_dense_head
+from .dense_head import find_dense_head, tower_depth, tower_layers
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,9 @@ def check_pair(
         check_comparable(student, teacher, comparing, num_classes=num_classes)
     if asking("needs_dense"):
         _check_dense_heads(student, teacher, asking("needs_dense"))
+    for name, loss in losses.items():
+        if loss.hidden_depth:
+            _check_towers(student, teacher, name, loss.hidden_depth)
     if asking("needs_anchors", "needs_dense"):
         _check_anchored(student, levels, asking("needs_anchors", "needs_dense"))
 
@@ -136,6 +139,25 @@ def _check_dense_heads(student: nn.Module, teacher: Teacher, losses: Sequence[st
             f"{losses} compare anchor by anchor, but teacher and student have different anchors "
             f"(strides {theirs.strides} and {ours.strides}, or MODEL.ANCHOR_GENERATOR sizes and "
             "ratios). Give both the same, or take the losses out of MODEL.GLOBALKD.LOSSES."
+        )
+
+
+def _check_towers(student: nn.Module, teacher: Teacher, name: str, depth: int) -> None:
+    heads = [find_dense_head(x).module for x in (student, teacher.model)]
+    found = [tower_depth(head) for head in heads]
+    if min(found) < depth:
+        raise ValueError(
+            f"{name} reads layer {depth} of the towers of RetinaNet's head, but the student's have "
+            f"{found[0]} and the teacher's {found[1]} (MODEL.RETINANET.NUM_CONVS). Set the loss's "
+            "DEPTH to fewer."
+        )
+    layers = ([*tower_layers(head, [depth]).values()] for head in heads)
+    ours, theirs = ([p.shape[0] for x in tower for p in x.parameters()] for tower in layers)
+    if ours != theirs:
+        raise ValueError(
+            f"{name} puts what the student's head holds into the teacher's, but their towers have "
+            f"{ours[0]} and {theirs[0]} channels. Both need equal MODEL.FPN.OUT_CHANNELS; or take "
+            "it out of MODEL.GLOBALKD.LOSSES."
         )
 
 

@@ -1,6 +1,7 @@
 """The distillation losses; importing this package registers them all."""
 
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .cross_kd import CrossKD
 from .cwd import CWD
 from .defeat import DeFeat
 from .dkd import DKD
@@ -29,6 +30,7 @@ __all__ = [
     "DISTILL_LOSS_REGISTRY",
     "CWD",
     "Candidates",
+    "CrossKD",
     "DKD",
     "DeFeat",
     "DistillContext",

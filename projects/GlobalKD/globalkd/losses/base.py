@@ -41,6 +41,8 @@ class DistillLoss(nn.Module):
         needs_predictions: whether it reads `context.predictions`.
         needs_anchors: whether it reads `context.student_dense`, on every level.
         needs_dense: whether it reads `context.teacher_dense`, on every level.
+        hidden_depth: at which depth it reads the towers of both RetinaNet heads, in `hidden` of
+            their dense outputs; 0 for none. It needs dense outputs, too.
         stages: the detectors that the method is defined for: "any", "one" stage or "two".
         num_classes: K; set before `attach` is called.
     """
@@ -50,6 +52,7 @@ class DistillLoss(nn.Module):
     needs_predictions: bool = False
     needs_anchors: bool = False
     needs_dense: bool = False
+    hidden_depth: int = 0
     stages: str = "any"
     num_classes: int = 0
 
@@ -103,6 +106,7 @@ class DistillContext:
         student_dense: the outputs of the student's dense head; None where it has none.
         all_rows: whether some loss reads `predictions`: the teacher's head then runs on all rows.
         dense_read: whether some loss reads `teacher_dense`: no row of it is computed apart then.
+        hidden_depths: what `hidden` of both detectors' dense outputs has.
         iteration: of the training.
         batched_inputs: the student's input.
     """
@@ -122,6 +126,7 @@ class DistillContext:
     student_dense: Optional[DenseOutputs] = None
     all_rows: bool = False
     dense_read: bool = False
+    hidden_depths: Sequence[int] = ()
     iteration: int = 0
     batched_inputs: List[dict] = field(default_factory=list)
     #: name -> detached scalar, written to the EventStorage now and then; losses may add to it.
@@ -178,7 +183,8 @@ class DistillContext:
         ours = self.student_dense.logits
         # The pair was checked to have the same anchors: to make them anew would take time.
         anchors = [Boxes(x.flatten(0, 2)) for x in self.student_dense.anchors.values()]
-        return self.teacher.dense_outputs(self.teacher_features, anchors).renamed(list(ours))
+        outputs = self.teacher.dense_outputs(self.teacher_features, anchors, self.hidden_depths)
+        return outputs.renamed(list(ours))
 
     @cached_property
     def predictions(self) -> Responses:

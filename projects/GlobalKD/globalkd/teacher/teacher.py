@@ -6,7 +6,7 @@ how it is built and loaded (`teacher/building.py`), what is learned from it (`lo
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Callable, Collection, Dict, List, Optional, Sequence
+from typing import Callable, Collection, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..dense_head import DenseOutputs, find_dense_head
+from ..dense_head import DenseOutputs, Hidden, find_dense_head, finish_towers, tower_layers
+from ..features import record_calls
 from ..requirement import require
 from ..sparse_convolution import has_local_classes, single_logits, window_logits
 from .backbone_pass import BackbonePass
@@ -208,7 +209,12 @@ class Teacher:
             )
 
     @torch.no_grad()
-    def dense_outputs(self, features: Dict[str, Tensor], anchors: Sequence[Boxes]) -> DenseOutputs:
+    def dense_outputs(
+        self,
+        features: Dict[str, Tensor],
+        anchors: Sequence[Boxes],
+        hidden_depths: Sequence[int] = (),
+    ) -> DenseOutputs:
         """What the dense head (RetinaNet's, or the RPN) says of all anchors on this teacher's maps.
 
         The levels have the teacher's names.
@@ -216,12 +222,27 @@ class Teacher:
         Args:
             features: this teacher's feature maps.
             anchors: of each level, as its anchor generator would make them on these maps.
+            hidden_depths: of a RetinaNet head, the depths of its towers to keep as `hidden`.
         """
         head = find_dense_head(self.model)
         maps = [features[f] for f in head.in_features]
-        with EventStorage(), self._own_precision():
+        layers = tower_layers(head.module, hidden_depths) if hidden_depths else {}
+        with EventStorage(), self._own_precision(), record_calls(layers) as hidden:
             logits, deltas = ([self._returned(x) for x in out] for out in head.module(maps))
-        return DenseOutputs.collect(head, anchors, logits, deltas)
+        return DenseOutputs.collect(head, anchors, logits, deltas, hidden)
+
+    def finish_towers(
+        self, hidden: Sequence[Hidden], depth: int
+    ) -> Tuple[List[Tensor], List[Tensor]]:
+        """Class maps and box maps that the RetinaNet head makes of another detector's towers.
+
+        With gradient for what comes in, and so in the precision of what surrounds it.
+
+        Args:
+            hidden: of each level of the head.
+            depth: see `DenseOutputs.hidden`.
+        """
+        return finish_towers(find_dense_head(self.model).module, hidden, depth)
 
     @property
     def scores_single_anchors(self) -> bool:
