@@ -72,8 +72,10 @@ def test_every_loss_that_the_student_can_have_and_no_course_over_training():
         for name in ("gkd_R34_R18", "gkd_retinanet_R34_R18")
     )
     assert set(retinanet.LOSSES) - set(rcnn.LOSSES) == {
-        "RankMimicking",
+        "CrossKD",
         "PredictionGuidedImitation",
+        "RankMimicking",
     }
+    assert set(rcnn.LOSSES) - set(retinanet.LOSSES) == {"DKD"}
     assert {"GlobalKnowledge", "GID", "PixelRelation"} <= set(rcnn.LOSSES)
     assert rcnn.DECAY == "none" and rcnn.WARMUP_ITERS == rcnn.STOP_ITER == 0
