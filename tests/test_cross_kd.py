@@ -11,7 +11,7 @@ from torchvision.ops import generalized_box_iou
 from toy_step import close
 
 from globalkd import add_globalkd_config
-from globalkd.dense_head import finish_towers, tower_depth
+from globalkd.dense_head import finish_towers, tower_widths
 from globalkd.losses.cross_kd import align_scale, giou_distance, quality_focal_loss
 
 
@@ -195,11 +195,12 @@ def test_what_does_not_fit_is_refused():
         ValueError, match=r"CrossKD reads layer 5.*student's have 4 and the teacher's 4"
     ):
         build("MODEL.GLOBALKD.CROSS_KD.DEPTH", 5)
-    with pytest.raises(ValueError, match=r"CrossKD.*32 and 64 channels.*FPN.OUT_CHANNELS"):
-        build("MODEL.GLOBALKD.TEACHER.OPTS", ["MODEL.RETINANET.NUM_CONVS", 4])
+    for norm in ("", "FrozenBN"):  # whose layers have no parameters
+        with pytest.raises(ValueError, match=r"CrossKD.*32 and 64 channels.*FPN.OUT_CHANNELS"):
+            build("MODEL.GLOBALKD.TEACHER.OPTS", ["MODEL.RETINANET.NUM_CONVS", 4], norm=norm)
     with pytest.raises(ValueError, match=r"\['CrossKD'\] are defined for one-stage"):
         build(kind="rcnn")
 
 
 def test_other_heads_have_no_towers():
-    assert tower_depth(torch.nn.Conv2d(1, 1, 1)) == 0
+    assert tower_widths(torch.nn.Conv2d(1, 1, 1)) == []

@@ -60,9 +60,10 @@ def _activations(tower: nn.Sequential) -> List[int]:
     return [i for i, layer in enumerate(tower) if isinstance(layer, nn.ReLU)]
 
 
-def tower_depth(head: nn.Module) -> int:
-    """How many activations the class tower of a RetinaNet head has; 0 of another head."""
-    return len(_activations(head.cls_subnet)) if hasattr(head, "cls_subnet") else 0
+def tower_widths(head: nn.Module) -> List[int]:
+    """Channels of each convolution in the towers of a RetinaNet head; none of another head."""
+    tower = getattr(head, "cls_subnet", [])
+    return [layer.out_channels for layer in tower if isinstance(layer, nn.Conv2d)]
 
 
 def tower_layers(head: nn.Module, depths: Iterable[int]) -> Dict[Tuple[int, int], nn.Module]:

@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import nn
 
-from .dense_head import find_dense_head, tower_depth, tower_layers
+from .dense_head import find_dense_head, tower_widths
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -143,21 +143,18 @@ def _check_dense_heads(student: nn.Module, teacher: Teacher, losses: Sequence[st
 
 
 def _check_towers(student: nn.Module, teacher: Teacher, name: str, depth: int) -> None:
-    heads = [find_dense_head(x).module for x in (student, teacher.model)]
-    found = [tower_depth(head) for head in heads]
-    if min(found) < depth:
+    ours, theirs = (tower_widths(find_dense_head(x).module) for x in (student, teacher.model))
+    if min(len(ours), len(theirs)) < depth:
         raise ValueError(
             f"{name} reads layer {depth} of the towers of RetinaNet's head, but the student's have "
-            f"{found[0]} and the teacher's {found[1]} (MODEL.RETINANET.NUM_CONVS). Set the loss's "
-            "DEPTH to fewer."
+            f"{len(ours)} and the teacher's {len(theirs)} (MODEL.RETINANET.NUM_CONVS). Set the "
+            "loss's DEPTH to fewer."
         )
-    layers = ([*tower_layers(head, [depth]).values()] for head in heads)
-    ours, theirs = ([p.shape[0] for x in tower for p in x.parameters()] for tower in layers)
-    if ours != theirs:
+    if ours[depth - 1] != theirs[depth - 1]:
         raise ValueError(
             f"{name} puts what the student's head holds into the teacher's, but their towers have "
-            f"{ours[0]} and {theirs[0]} channels. Both need equal MODEL.FPN.OUT_CHANNELS; or take "
-            "it out of MODEL.GLOBALKD.LOSSES."
+            f"{ours[depth - 1]} and {theirs[depth - 1]} channels. Both need equal "
+            "MODEL.FPN.OUT_CHANNELS; or take it out of MODEL.GLOBALKD.LOSSES."
         )
 
 

@@ -39,7 +39,7 @@ def quality_focal_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher: (..., K) logits.
 
     Returns:
-        (...) float32, not 0 but small where teacher and student agree on what is unsure.
+        (...) float32, 0 where both agree.
     """
     student, target = student.float(), teacher.float().sigmoid()
     entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
@@ -69,7 +69,8 @@ class CrossKD(DistillLoss):
     focal loss of each anchor. Box: 1 - GIoU of the two boxes of each anchor, times the teacher's
     largest score there. Both are summed over all anchors but those that the detector ignores, and
     divided by the running mean of the number of positive anchors, as Detectron2 normalises its own
-    losses. The student's last layers learn from the annotations alone.
+    losses. The student's last layers learn from the annotations alone. All levels of the heads take
+    part, whatever IN_FEATURES says.
 
     Defaults: those of the authors' RetinaNet: both weights 1, and the third of four convolutions.
 
@@ -109,20 +110,20 @@ class CrossKD(DistillLoss):
         hidden = [tuple(map(align_scale, *towers)) for towers in zip(ours, theirs)]
         logits, deltas = context.teacher.finish_towers(hidden, self.hidden_depth)
         target = context.teacher_dense
+        their_logits = target.flat_logits
         logits, deltas = self._flat(logits, target), self._flat(deltas, target)
         kept = (context.candidates.labels >= 0).view(len(logits), -1)
         self.num_positives.mul_(0.9).add_(0.1 * max(len(context.positives), 1))
         normalizer = self.num_positives.clone()
         terms = {}
         if "loss_kd_cross_class" in self.weights:
-            anchors = quality_focal_loss(logits, target.flat_logits)
-            terms["loss_kd_cross_class"] = (anchors * kept).sum() / normalizer
+            apart = quality_focal_loss(logits, their_logits)
+            terms["loss_kd_cross_class"] = (apart * kept).sum() / normalizer
         if "loss_kd_cross_box" in self.weights:
-            sure = target.flat_logits.float().sigmoid().amax(dim=-1) * kept
+            sure = their_logits.amax(dim=-1).float().sigmoid() * kept
+            anchors = target.flat_anchors.repeat(len(logits), 1)
             boxes, their_boxes = (
-                target.transform.apply_deltas(
-                    x.flatten(0, 1), target.flat_anchors.repeat(len(x), 1)
-                )
+                target.transform.apply_deltas(x.flatten(0, 1), anchors)
                 for x in (deltas, target.flat_deltas)
             )
             apart = giou_distance(boxes, their_boxes)
