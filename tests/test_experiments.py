@@ -189,6 +189,39 @@ def test_what_was_not_run_is_said(table):
     assert "| ours | 43.00 |  |" in text  # no difference from pairs that are not there
 
 
+SWEEP = (
+    DEFINITION
+    + """sweep: {key: WEIGHT, values: [1, 0.3], opts: [SPLIT, val]}
+"""
+)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(SWEEP)
+    return load_table(path, seeds=2)
+
+
+def test_a_sweep_runs_rows_with_a_teacher_once_for_each_value(sweep, table):
+    assert [row.name for row in sweep.rows] == [
+        *("teacher", "plain", "ours, WEIGHT 1", "ours, WEIGHT 0.3")
+    ]
+    assert sweep.rows[3].runs[2].opts == ("KEY", "2", "SPLIT", "val", "WEIGHT", "0.3")
+    assert sweep.rows[1].runs[1] == table.rows[1].runs[1]
+    assert sweep.rows[3].runs[1].teacher == table.rows[0].runs[1]
+
+
+def test_a_sweep_is_shown_by_rows_and_values(sweep):
+    found = {"plain": [40, 44], "ours, WEIGHT 1": [43, 45], "ours, WEIGHT 0.3": [46]}
+    text = render_markdown(sweep, results_of(sweep, found))
+    assert "| AP, by `WEIGHT` | 1 | 0.3 |\n|---|---|---|" in text
+    assert "| plain: 42.00 ± 2.83 |  |  |" in text
+    assert "| ours | 44.00 ± 1.41 | **46.00** |" in text
+    assert "Not run yet: teacher (seeds [1]), ours, WEIGHT 0.3 (seeds [2])." in text
+    assert "paired" not in text
+
+
 def test_csv_has_a_line_for_each_run(table):
     results = results_of(table, {"plain": [40, 44, 48], "ours": [43]})
     lines = list(csv.DictReader(io.StringIO(render_csv(table, results))))
@@ -207,6 +240,7 @@ def test_csv_has_a_line_for_each_run(table):
         (("baseline: plain", "baseline: other"), "baseline is 'other'"),
         (("config: configs/d.yaml, ", ""), "row 'ours': lacks \\['config'\\]"),
         (("name: ours", "name: plain"), "names must differ"),
+        (("title:", "sweep: {key: K}\ntitle:"), "sweep: lacks \\['values'\\]"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, change, message):

@@ -274,6 +274,23 @@ def test_autocast_gives_finite_float32_terms(kind, tiny_cfg, batch):
 
 
 @both
+def test_the_weight_multiplies_every_distillation_term_and_no_other(kind, tiny_cfg, batch):
+    once, thrice = (
+        step(build(tiny_cfg(kind, "MODEL.GLOBALKD.WEIGHT", weight)), batch) for weight in (1.0, 3.0)
+    )
+    for name in once:
+        factor = 3 if name in TERMS else 1
+        torch.testing.assert_close(thrice[name], factor * once[name], msg=name)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_weight_that_is_no_positive_number_is_refused(weight, tiny_cfg):
+    with pytest.raises(ValueError, match="MODEL.GLOBALKD.WEIGHT is .*finite number above 0"):
+        build(tiny_cfg("rcnn", "MODEL.GLOBALKD.WEIGHT", weight))
+
+
+@both
 def test_after_the_stop_iteration_terms_are_zero_and_the_teacher_rests(kind, tiny_cfg, batch):
     model = build(tiny_cfg(kind, "MODEL.GLOBALKD.STOP_ITER", 5))
     model.distiller.teacher.model.backbone.register_forward_hook(lambda *_: pytest.fail("ran"))

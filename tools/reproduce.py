@@ -32,9 +32,12 @@ TABLES = ROOT / "results/tables"
 
 
 def digit_scenes(folder):
-    """Digit scenes as overrides: trained on "train", evaluated on "test", which tuned nothing."""
+    """Digit scenes as overrides: trained on "train", evaluated on "test", which tuned nothing.
+
+    Tables of what was tried evaluate on "val".
+    """
     make_digit_scenes(folder, num_train=1000, num_val=200, num_test=400)
-    names = {split: f"digit_scenes_{split}" for split in ("train", "test")}
+    names = {split: f"digit_scenes_{split}" for split in ("train", "val", "test")}
     datasets = [[n, f"{folder}/{split}.json", f"{folder}/{split}"] for split, n in names.items()]
     return [
         *("DATASETS.COCO", json.dumps(datasets), "DATASETS.TRAIN", json.dumps([names["train"]])),

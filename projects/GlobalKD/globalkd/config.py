@@ -75,6 +75,9 @@ def _add_core_keys(cfg: CN) -> None:
     # True: before training, copy the teacher's weights into every student parameter outside the
     # backbone's bottom-up part (FPN, RPN, heads) where name and shape agree.
     node.INHERIT_TEACHER_HEADS = False
+    # Factor on the weights of all distillation losses, above 0: how strongly the teacher pulls, in
+    # one number to tune on your own data (docs/guide.md); the balance of the losses stays.
+    node.WEIGHT = 1.0
     # Iterations over which the distillation weights rise linearly from 0. 0: no warm-up.
     node.WARMUP_ITERS = 0
     # Iteration from which on there is no distillation. 0: there always is.

@@ -5,6 +5,7 @@ weights. It does not know how any loss works, nor which meta-architecture it ser
 """
 
 import logging
+import math
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -55,6 +56,7 @@ class Distiller(nn.Module):
         projection_lambda: float = 10.0,
         reliability: str = "coefficients",
         inherit_teacher_heads: bool = False,
+        weight: float = 1.0,
         warmup_iters: int = 0,
         stop_iter: int = 0,
         decay: str = "none",
@@ -80,6 +82,7 @@ class Distiller(nn.Module):
             ("NON_FINITE_LOSS", non_finite_loss, ("raise", "skip")),
         ):
             require(key, value, value in allowed, allowed)
+        require("WEIGHT", weight, 0 < weight < math.inf, "a finite number above 0")
         active = [loss for loss in losses if loss.weights]
         if not active:
             raise ValueError(
@@ -112,6 +115,7 @@ class Distiller(nn.Module):
             "reliability": reliability,
         }
         self.inherit_teacher_heads = inherit_teacher_heads
+        self.weight = weight
         self.schedule = {
             "warmup_iters": warmup_iters,
             "stop_iter": stop_iter,
@@ -141,6 +145,7 @@ class Distiller(nn.Module):
             "projection_lambda": node.PROJECTION.LAMBDA,
             "reliability": node.RELIABILITY.TYPE,
             "inherit_teacher_heads": node.INHERIT_TEACHER_HEADS,
+            "weight": node.WEIGHT,
             "warmup_iters": node.WARMUP_ITERS,
             "stop_iter": node.STOP_ITER,
             "decay": node.DECAY,
@@ -205,8 +210,8 @@ class Distiller(nn.Module):
         return tuple(sorted({x.hidden_depth for x in self.losses.values() if x.hidden_depth}))
 
     def factor(self, iteration: int) -> float:
-        """Factor on all distillation weights at an iteration; see `weight_factor`."""
-        return weight_factor(iteration, **self.schedule)
+        """Factor on all distillation weights at an iteration: WEIGHT times `weight_factor`."""
+        return self.weight * weight_factor(iteration, **self.schedule)
 
     @torch.no_grad()
     def prepare(self, student: nn.Module, iteration: int) -> None:

@@ -5,11 +5,14 @@ as students of ImageNet weights do: rows differ by what they say alone, seeds by
 data and by what is drawn. `teacher` and `start` are configurations, or `{config: ..., opts: ...,
 start: ...}` where they have overrides or begin with another training's weights. A table's own
 `opts` come before those of each of its trainings. The same run of two tables is run once.
+
+`sweep: {key: KEY, values: [...], opts: [...]}` runs each row that has a teacher once for each value
+of the key, with the sweep's `opts` before it: a table of rows by values.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -18,10 +21,11 @@ from detectron2.config import CfgNode
 
 TABLE_KEYS = {
     *("title", "note", "data", "results", "teacher", "start", "opts"),
-    *("baseline", "metric", "paper", "rows"),
+    *("baseline", "metric", "paper", "rows", "sweep"),
 }
 ROW_KEYS = {"name", "config", "opts", "teacher", "start", "paper"}
 NEEDED_KEYS = {"config", "opts", "start"}
+SWEEP_KEYS = {"key", "values", "opts"}
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,15 @@ class Run:
 
 @dataclass
 class Row:
-    """A row of a table: its name, its runs by seed, and the paper's value where there is one."""
+    """A row of a table: its name, its runs by seed, and the paper's value where there is one.
+
+    Of a sweep's row, one for each value: `swept` is its name in the file, and the value.
+    """
 
     name: str
     runs: Dict[int, Run]
     paper: Optional[float] = None
+    swept: Optional[Tuple[str, float]] = None
 
 
 @dataclass
@@ -94,6 +102,7 @@ class Table:
         baseline: name of the row that the others are compared with, seed by seed.
         metric: the metric of that comparison.
         paper: what the rows' paper values are, for example "AP50, VOC 07+12".
+        sweep: the key, its values and further overrides of rows with a teacher; empty for none.
     """
 
     title: str
@@ -105,6 +114,7 @@ class Table:
     note: str = ""
     results: str = ""
     name: str = ""
+    sweep: Dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         self.results = self.results or self.data
@@ -148,7 +158,9 @@ def load_table(path: Path, seeds: int) -> Table:
         raise FileNotFoundError(f"There is no table '{path.stem}'. There are: {known}.")
     content = yaml.safe_load(path.read_text())
     _check_keys(path, "", content, TABLE_KEYS, {"title", "data", "baseline", "rows"})
-    rows = [_read_row(path, content, row, seeds) for row in content["rows"]]
+    if "sweep" in content:
+        _check_keys(path, "sweep: ", content["sweep"], SWEEP_KEYS, {"key", "values"})
+    rows = [swept for row in content["rows"] for swept in _read_row(path, content, row, seeds)]
     names = [row.name for row in rows]
     if content["baseline"] not in names or len(set(names)) < len(names):
         raise ValueError(
@@ -159,7 +171,8 @@ def load_table(path: Path, seeds: int) -> Table:
     return Table(rows=rows, name=path.stem, **texts)
 
 
-def _read_row(path: Path, table: dict, row: dict, seeds: int) -> Row:
+def _read_row(path: Path, table: dict, row: dict, seeds: int) -> List[Row]:
+    """A row; where the table has a sweep and the row a teacher, one for each value."""
     _check_keys(path, f"row {row.get('name')!r}: ", row, ROW_KEYS, {"name", "config"})
     teacher, start = (
         _read_needed(path, table, row.get(key, table.get(key))) for key in ("teacher", "start")
@@ -171,13 +184,26 @@ def _read_row(path: Path, table: dict, row: dict, seeds: int) -> Row:
                 "teacher's belong to 'teacher'; another training of that config needs "
                 "teacher: false."
             )
-        runs = {1: teacher}
-    else:
-        opts = _read_opts(table, row)
+        return [Row(row["name"], {1: teacher}, row.get("paper"))]
+
+    def of(name: str, opts: Tuple[str, ...], swept=None) -> Row:
         runs = {
             seed: Run(row["config"], seed, opts, teacher, start) for seed in range(1, seeds + 1)
         }
-    return Row(row["name"], runs, row.get("paper"))
+        return Row(name, runs, row.get("paper"), swept)
+
+    sweep = table.get("sweep")
+    if not (sweep and teacher):
+        return [of(row["name"], _read_opts(table, row))]
+    further = tuple(map(str, sweep.get("opts", ())))
+    return [
+        of(
+            f"{row['name']}, {sweep['key']} {value:g}",
+            (*_read_opts(table, row), *further, sweep["key"], str(value)),
+            swept=(row["name"], value),
+        )
+        for value in sweep["values"]
+    ]
 
 
 def _read_needed(path: Path, table: dict, entry: Any) -> Optional[Run]:

@@ -94,13 +94,21 @@ def _summarize(row: Row, baseline: Row, teachers: set, metric: str, results: Res
 def render_markdown(table: Table, results: Results, root: Optional[Path] = None) -> str:
     """The table, its note, what is missing, and what is outdated where `root` is given."""
     records = summarize_rows(table, results)
+    lines = [f"### {table.title}", "", *([table.note.strip(), ""] if table.note else [])]
+    lines += _lines_by_value(table, records) if table.sweep else _lines_by_row(table, records)
+    lines += ["", _footnote(table, records)]
+    if root and (outdated := outdated_rows(table, results, root)):
+        lines[-1] += f" Of an earlier version of their configuration: {', '.join(outdated)}."
+    return "\n".join(lines) + "\n"
+
+
+def _lines_by_row(table: Table, records: List[dict]) -> List[str]:
+    """Header and rows: each row's metrics and its difference from the baseline."""
     columns = [name for name in COLUMNS if any(name in r["metrics"] for r in records)]
     papers = any(r["paper"] is not None for r in records)
     header = ["", *(COLUMNS[c] for c in columns), f"{table.metric} - {table.baseline}"]
     header += [f"paper ({table.paper})"] if papers else []
-    lines = [f"### {table.title}", ""]
-    lines += [table.note.strip(), ""] if table.note else []
-    lines += [_line(header), "|---" * len(header) + "|"]
+    lines = [_line(header), "|---" * len(header) + "|"]
     for record in (r for r in records if r["metrics"] or papers):
         cells = [record["name"]]
         cells += [mean_and_spread(record["metrics"].get(column)) for column in columns]
@@ -108,11 +116,28 @@ def render_markdown(table: Table, results: Results, root: Optional[Path] = None)
         if papers:
             cells.append("" if record["paper"] is None else f"{record['paper']:g}")
         lines.append(_line(cells))
-    seeds = {tuple(r["seeds"]) for r in records if r["difference"] or r["name"] == table.baseline}
-    lines += ["", _footnote(table, records, seeds)]
-    if root and (outdated := outdated_rows(table, results, root)):
-        lines[-1] += f" Of an earlier version of their configuration: {', '.join(outdated)}."
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _lines_by_value(table: Table, records: List[dict]) -> List[str]:
+    """Header and rows of a sweep: the metric by value of its key, the best of a row in bold."""
+    values = table.sweep["values"]
+    header = [f"{table.metric}, by `{table.sweep['key']}`", *(f"{value:g}" for value in values)]
+    lines = [_line(header), "|---" * len(header) + "|"]
+    metrics: Dict[str, Dict[Optional[float], Sequence[float]]] = {}  # row -> value -> seeds
+    for row, record in zip(table.rows, records):
+        name, value = row.swept or (row.name, None)
+        if measured := record["metrics"].get(table.metric):
+            metrics.setdefault(name, {})[value] = measured
+    for name, own in metrics.items():
+        best = max(own.values(), key=statistics.mean)
+        if None in own:  # not swept
+            cells = [f"{name}: {mean_and_spread(best)}", *[""] * len(values)]
+        else:
+            cells = [name, *(mean_and_spread(own.get(value)) for value in values)]
+            cells = [f"**{c}**" if c == mean_and_spread(best) else c for c in cells]
+        lines.append(_line(cells))
+    return lines
 
 
 def render_summary(tables: Dict[str, Tuple[Table, Results]], rows: Sequence[str]) -> str:
@@ -159,15 +184,16 @@ def _summary_cell(record: Optional[dict], metric: str) -> str:
     return f"{value}<br>{difference}" if difference else value
 
 
-def _footnote(table: Table, records: List[dict], seeds) -> str:
-    count = max((len(s) for s in seeds), default=0)
-    text = (
-        f"Mean ± standard deviation over {count} seeds; differences are paired by seed, with 95 % "
-        "confidence intervals (Student's t)."
-    )
+def _footnote(table: Table, records: List[dict]) -> str:
+    shown = [r for r in records if r["difference"] or r["name"] == table.baseline]
+    count = max((len(r["seeds"]) for r in shown), default=0)
+    text = f"Mean ± standard deviation over {count} seeds"
+    if not table.sweep:
+        text += "; differences are paired by seed, with 95 % confidence intervals (Student's t)"
+    text += "."
     if count < 2:
         text = "One seed: the spread is not known."
-    elif count == 2:
+    elif count == 2 and not table.sweep:
         text += " With two seeds such an interval is 12.7 standard errors to each side: a hint."
     missing = [f"{r['name']} (seeds {r['missing']})" for r in records if r["missing"]]
     return text + (f" Not run yet: {', '.join(missing)}." if missing else "")

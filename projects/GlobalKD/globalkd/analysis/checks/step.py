@@ -54,8 +54,8 @@ class StepTerms:
 def measure_terms(model: nn.Module, batch: List[dict]) -> StepTerms:
     """Forward a batch at iteration 0 and differentiate each distillation term by itself.
 
-    Sizes are those at full weight, whatever MODEL.GLOBALKD.WARMUP_ITERS is. In float32, also where
-    the run is to use mixed precision.
+    Sizes are those after MODEL.GLOBALKD.WARMUP_ITERS. In float32, also where the run is to use
+    mixed precision.
 
     Args:
         model: a distilling meta-architecture with prototypes in its bank.
@@ -66,7 +66,7 @@ def measure_terms(model: nn.Module, batch: List[dict]) -> StepTerms:
     with EventStorage(0), record_outputs({"backbone": model.backbone}) as recorded:
         losses = model(batch)
     names = [name for loss in distiller.losses.values() for name in loss.weights if name in losses]
-    factor = distiller.factor(0)
+    factor = distiller.factor(0) / distiller.weight
     terms = {name: losses.pop(name) / factor for name in names}
     detection = sum(losses.values())
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
