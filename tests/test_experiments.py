@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from globalkd.experiments.figures import draw_table, drawn_from
 from globalkd.experiments.matrix import Run, config_digest, load_table
 from globalkd.experiments.tables import (
     paired_difference,
@@ -182,6 +183,17 @@ def test_a_teacher_is_no_pair_of_a_student(tmp_path):
     assert "| ours | 43.00 | +3.00 | 40.5 |" in text
 
 
+def test_a_picture_says_what_it_was_drawn_from(table, tmp_path):
+    path = tmp_path / "small.png"
+    results = results_of(table, {"teacher": [70.0], "plain": [40, 44, 48], "ours": [43]})
+    assert not drawn_from(path, table, results)
+    draw_table(path, table, results)
+    assert drawn_from(path, table, results)
+    assert not drawn_from(path, table, results_of(table, {"plain": [40, 44, 48], "ours": [43]}))
+    draw_table(path, table, {})  # nothing was run yet
+    assert drawn_from(path, table, {})
+
+
 def test_what_was_not_run_is_said(table):
     results = results_of(table, {"teacher": [70.0], "plain": [40, 44, 48], "ours": [43]})
     text = render_markdown(table, results)
@@ -313,6 +325,7 @@ def test_the_pages_of_results_say_what_the_result_files_say(monkeypatch):
     for page in results.FILLED:
         text = page.read_text()
         assert results.BLOCK.search(text) and text == results.fill(text)
+    assert not list(results.undrawn())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/*.json")), ids=lambda p: p.stem)

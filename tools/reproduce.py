@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run a table of experiments: every row with every seed, then Markdown and CSV of the results.
+"""Run a table of experiments: every row with every seed, then Markdown, CSV and a picture of it.
 
     tools/reproduce.py digits_modules --seeds 3
     tools/reproduce.py coco_main --num-gpus 8
@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from globalkd.data import make_digit_scenes
+from globalkd.experiments.figures import draw_table
 from globalkd.experiments.matrix import config_digest, load_table
 from globalkd.experiments.provenance import commit, machine
 from globalkd.experiments.scheduling import execute_in_order
@@ -174,7 +175,9 @@ def main():
         found = read_results(place.results)
         for suffix, render in ((".md", render_markdown), (".csv", render_csv)):
             (place.output / f"{table.name}{suffix}").write_text(render(table, found))
-        print(f"\n{render_markdown(table, found)}\nAlso in {place.output / table.name}.md and .csv")
+        draw_table(place.output / f"{table.name}.png", table, found)
+        path = place.output / table.name
+        print(f"\n{render_markdown(table, found)}\nAlso in {path}.md and .csv; drawn in {path}.png")
     for name, error in failures.items():
         print(f"\nFAILED {name}: {error}", file=sys.stderr)
     sys.exit(bool(failures))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Render docs/results.md and the tables of README.md and docs/performance.md from result files.
+"""Render docs/results.md, its pictures, and the tables of README.md and docs/performance.md.
 
 Those lie in results/ and benchmarks/results/. No table is typed by hand: `--check` fails where a
-page differs from what the files say. In README.md and docs/performance.md a table stands between
-`<!-- rendered: WHAT ARGUMENTS -->` and `<!-- end -->`; WHAT is a key of `RENDERERS`.
+page or a picture differs from what the files say. In README.md and docs/performance.md a table
+stands between `<!-- rendered: WHAT ARGUMENTS -->` and `<!-- end -->`; WHAT is a key of `RENDERERS`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from globalkd.experiments.figures import draw_table, drawn_from
 from globalkd.experiments.matrix import load_table
 from globalkd.experiments.tables import (
     mean_and_spread,
@@ -37,6 +38,8 @@ README_TABLES = {
     "bccd_main_retinanet": "BCCD, RetinaNet",
 }
 README_ROWS = ["teacher", "plain student", "GlobalKD", "DRKD", "GlobalKD + DRKD"]
+DRAWN = ["digits_methods", "digits_methods_retinanet"]  # tables that are shown as pictures, too
+FIGURES = ROOT / "docs/figures"
 MAX_SEEDS = 10
 RELIABILITY = RESULTS / "reliability.csv"  # of `tools/analyze.py reliability`
 INTRODUCTION = """\
@@ -119,7 +122,12 @@ def render_page():
     shown = []
     for table, results in tables_with_results():
         shown.append(table.name)
-        parts.append(render_markdown(table, results, ROOT).replace("### ", "## ", 1))
+        text = render_markdown(table, results, ROOT).replace("### ", "## ", 1)
+        if table.name in DRAWN:
+            title, rest = text.split("\n", 1)
+            picture = f"![{table.metric} of each row](figures/{table.name}.png)"
+            text = f"{title}\n\n{picture}\n{rest}"
+        parts.append(text)
         seeds = max(len(row.runs) for row in table.rows)
         data = ' ARGS="--data my/bccd"' if table.data == "bccd" else ""
         parts.append(f"`make reproduce TABLE={table.name} SEEDS={seeds}{data}`\n")
@@ -164,17 +172,29 @@ def fill(text):
     return BLOCK.sub(lambda m: m[1] + RENDERERS[m[2]](*m[3].split()) + m[4], text)
 
 
+def undrawn():
+    """Pictures that do not show what the result files say: (file, table, results)."""
+    for table, results in tables_with_results():
+        path = FIGURES / f"{table.name}.png"
+        if table.name in DRAWN and not drawn_from(path, table, results):
+            yield path, table, results
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if they differ")
     args = parser.parse_args()
     pages = {PAGE: render_page(), **{path: fill(path.read_text()) for path in FILLED}}
     different = [p for p, text in pages.items() if not p.is_file() or p.read_text() != text]
-    if args.check and different:
-        names = ", ".join(str(path.relative_to(ROOT)) for path in different)
+    pictures = list(undrawn())
+    if args.check and (different or pictures):
+        files = [*different, *(path for path, _, _ in pictures)]
+        names = ", ".join(str(path.relative_to(ROOT)) for path in files)
         sys.exit(f"{names}: not what the result files say; run `make results`.")
     for path in different:
         path.write_text(pages[path])
+    for picture in pictures:
+        draw_table(*picture)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def _summarize(row: Row, baseline: Row, teachers: set, metric: str, results: Res
         "seeds": sorted(found),
         "missing": sorted(set(row.runs) - set(found)),
         "metrics": metrics,
+        "is_teacher": is_teacher,
         "difference": difference,
         "paper": row.paper,
     }
