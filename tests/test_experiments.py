@@ -303,6 +303,12 @@ def test_an_unfinished_training_goes_on(root):
     assert (folder / "calls").read_text() == "xx"
 
 
+def test_a_training_that_was_interrupted_before_its_evaluation_has_metrics_without_a_time(root):
+    folder = train(root, root / "run", "c.yaml", [])
+    (folder / "metrics.json").write_text('{"iteration": 10, "bbox/AP": 12.345}\n')
+    assert summarize(folder) == {"AP": 12.35}
+
+
 @pytest.mark.faults
 def test_a_folder_of_another_command_is_refused(root):
     folder = train(root, root / "run", "c.yaml", ["SEED", "1"])

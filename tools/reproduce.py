@@ -116,7 +116,7 @@ def execute(run, place, args, position):
         "metrics": summarize(folder),
     }
     if args.jobs > 1:  # trainings side by side slow each other down
-        del result["metrics"]["seconds_per_step"]
+        result["metrics"].pop("seconds_per_step", None)
     place.result_file(run).write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -136,6 +136,6 @@ def summarize(folder: Path) -> Dict[str, float]:
     records = read_metrics(folder)
     final = [record for record in records if "bbox/AP" in record][-1]
     result = {name: round(final[key], 2) for name, key in METRICS.items() if key in final}
-    seconds = [record["time"] for record in records if "time" in record]
-    result["seconds_per_step"] = round(statistics.median(seconds), 3)
+    if seconds := [record["time"] for record in records if "time" in record]:
+        result["seconds_per_step"] = round(statistics.median(seconds), 3)
     return result
