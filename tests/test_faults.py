@@ -103,6 +103,7 @@ OVERRIDES = {
     "odd number": ([KD + "GLOBAL.WEIGHT"], "list of pairs"),
     "NaN": ([KD + "GLOBAL.WEIGHT", "nan"], "GLOBAL.WEIGHT is nan; it must be a float"),
     "infinite": ([KD + "GLOBAL.WEIGHT", "1e999"], "WEIGHT is inf; .*0 or more and finite"),
+    "weight of all": ([KD + "WEIGHT", "0"], r"GLOBALKD\.WEIGHT is .*above 0 and finite"),
     "below a value": ([KD + "GLOBAL.WEIGHT.X", "1"], "a value stands where a group"),
     "base": (["_BASE_", "x"], "_BASE_.*only be used in files"),
     "percentile": ([KD + "PROTOTYPES.DENSITY_PERCENTILE", "101.0"], "between 0 and 100"),

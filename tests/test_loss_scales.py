@@ -55,11 +55,13 @@ def test_shares_are_those_of_gradients_taken_one_by_one(model, batch):
 
 def test_of_a_term_they_are_per_unit_of_weight(model, batch):
     shares = []
-    for weight in (1.0, 4.0):
+    for weight, of_all in ((1.0, 1.0), (2.0, 2.0)):
         model.distiller.losses["FitNet"].weights["loss_kd_fitnet"] = weight
+        model.distiller.weight = of_all
         torch.manual_seed(1)
         measured = measure(model, batch)
-        shares.append((measured["FitNet", "", ""], measured["FitNet", "loss_kd_fitnet", weight]))
+        term = measured["FitNet", "loss_kd_fitnet", weight * of_all]
+        shares.append((measured["FitNet", "", ""], term))
     (loss, term), (stronger_loss, stronger_term) = shares
     assert stronger_loss == pytest.approx([4 * x for x in loss], rel=1e-3)
     assert stronger_term == pytest.approx(term, rel=1e-3)

@@ -6,8 +6,9 @@
 
 On batches of the training data, with the student that MODEL.WEIGHTS names and the losses' own
 parameters as they start. "Value" and "Gradient" of a loss, at its weights: its value and the norm
-of its gradient with respect to the student's backbone (FPN included), both as a share of those of
-the detection losses. Of each term, at weight 1: its value as it is, and the share of its gradient.
+of its gradient with respect to the student's backbone (FPN included; the documentation's "pull"),
+both as a share of those of the detection losses. "Weight" is a term's own times
+MODEL.GLOBALKD.WEIGHT. Of each term, at weight 1: its value as it is, and the share of its gradient.
 Nothing is trained. Warm-up, decay and later starts of the configuration are left out.
 """
 
@@ -68,7 +69,8 @@ def measure(model, batch):
     result = {}
     for name, loss in losses.items():
         result[name, "", ""] = share_of_detection(loss.weights)
-        for term, weight in loss.weights.items():
+        for term in loss.weights:
+            weight = loss.weights[term] * model.distiller.weight
             pull = gradients[term].norm() / unit
             result[name, term, weight] = (terms[term].item() / weight, pull.item() / weight)
     result["all together", "", ""] = share_of_detection(names)

@@ -62,9 +62,13 @@ make compare                                                         # every met
 BCCD is 364 photographs of blood cells (github.com/Shenggan/BCCD_Dataset); `my/bccd` is the folder
 with `Annotations`, `ImageSets` and `JPEGImages`.
 
-Finished runs are kept and interrupted ones resumed. Tables and result files are written to
-`output/reproduce/`; with `ARGS="--results results"` the result files go where this page is made
-from. How strongly each method pulls, and how its weights were chosen:
+A table of your own is one more file there: title, data (`digits`, `bccd`, `coco` or `voc`),
+teacher, start, baseline, and rows with a config and opts; `sweep` runs each row for several values
+of a key. All keys: `projects/GlobalKD/globalkd/experiments/matrix.py`.
+
+Finished runs are kept and interrupted ones resumed. Tables, their pictures and result files are
+written to `output/reproduce/`; with `ARGS="--results results"` the result files go where this page
+is made from. How strongly each method pulls, and how its weights were chosen:
 [methods.md](methods.md#how-strongly-each-one-pulls), [tuning.md](tuning.md).
 """
 

@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 _ZOO = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
 
-#: Leaf names of our numbers that must be above 0. Every other one may be 0.
+#: Ends of the names of our numbers that must be above 0. Every other one may be 0.
 _POSITIVE = (
+    "GLOBALKD.WEIGHT",
     "POOLER_RESOLUTION",
     "RESOLUTION",
     "NUM",
@@ -239,7 +240,7 @@ def fall_back_to_cpu(cfg: CfgNode) -> None:
 
 def _check_number(key: str, value, number: float) -> None:
     leaf = key.rpartition(".")[2]
-    positive = leaf in _POSITIVE
+    positive = key.endswith(tuple(f".{end}" for end in _POSITIVE))
     largest = _LARGEST.get(leaf, math.inf)
     if math.isfinite(number) and (number > 0 or not positive) and 0 <= number <= largest:
         return
