@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -398,12 +399,23 @@ def test_rank_mimicking_compares_distributions_over_each_objects_anchors():
         ]
         if rows:
             t, s = (z[rows, label].detach().sigmoid().softmax(0) for z in (x.teacher, x.student))
-            weight = x.reliability[rows]
-            total += sum(w * a * (a.log() - b.log()) for w, a, b in zip(weight, t, s))
+            divergence = sum(a * (a.log() - b.log()) for a, b in zip(t, s))
+            total += x.reliability[rows].mean() * divergence
             objects += 1
     assert objects >= 2
     value = evaluate(RankMimicking(use_reliability=True), context)["loss_kd_rank"]
     close(value, total / objects)
+
+
+def test_weighted_rank_mimicking_does_not_pull_at_a_student_that_ranks_as_the_teacher():
+    context = toy_step(counts=(3, 2), bank=toy_bank())
+    context.__dict__["responses"] = replace(
+        context.responses, student=context.responses.teacher.clone().requires_grad_()
+    )
+    value = evaluate(RankMimicking(use_reliability=True), context)["loss_kd_rank"]
+    (gradient,) = torch.autograd.grad(value, context.responses.student)
+    close(value, 0.0)
+    close(gradient, torch.zeros_like(gradient))
 
 
 def test_grouped_softmax_sums_to_one_in_each_group_whatever_the_size_of_scores():

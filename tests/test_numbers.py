@@ -186,6 +186,15 @@ def test_by_key_the_step_distils_nothing_and_is_counted(diverging, kind, caplog,
     assert second.startswith("Iteration 2: ")
 
 
+@pytest.mark.faults
+def test_steps_skipped_since_the_last_log_are_named_at_the_end(diverging, caplog):
+    trainer = diverging("rcnn", "MODEL.GLOBALKD.NON_FINITE_LOSS", "skip", at=(1, 3))
+    with caplog.at_level(logging.WARNING, logger="globalkd"):
+        trainer.train()  # 4 steps, and LOG_PERIOD is 20
+    found = [x.getMessage() for x in caplog.records if "did not distil" in x.getMessage()]
+    assert [x.split(":")[0] for x in found] == ["Iteration 1", "Iteration 3"]
+
+
 def step(model, batch, without=None):
     """Losses of a step with fixed random numbers; gradients of those not left out."""
     if hasattr(model, "loss_normalizer"):  # RetinaNet's running mean

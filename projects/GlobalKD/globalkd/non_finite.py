@@ -115,7 +115,7 @@ class NonFiniteLosses:
             )
 
     def report(self) -> int:
-        """Warn of the steps skipped since the last call; how many there were since the start."""
+        """Warn of the steps skipped since the last call; how many there were in this process."""
         if not self.skip or not self._steps:
             return self.count
         steps, self._steps = self._steps, []

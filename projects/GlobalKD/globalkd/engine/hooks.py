@@ -91,6 +91,13 @@ class NonFiniteCheck(HookBase):
         getattr(self.trainer.model, "module", self.trainer.model).distiller.non_finite.check()
 
 
+class SkippedSteps(HookBase):
+    """Name the steps that were skipped since the distiller did, which is every LOG_PERIOD steps."""
+
+    def after_train(self):
+        self.trainer.distiller.non_finite.report()
+
+
 class UnreadableImageCount(HookBase):
     """Write how many training images could not be read so far."""
 

@@ -36,6 +36,7 @@ from .hooks import (
     CheckpointSaver,
     NonFiniteCheck,
     PrototypeRefresh,
+    SkippedSteps,
     StepSeed,
     TeacherEvaluation,
     UnreadableImageCount,
@@ -115,7 +116,7 @@ class DistillTrainer(DefaultTrainer):
             count = self.cfg.MODEL.GLOBALKD.TEACHER.EVAL_IMAGES
             if count > 0:
                 first.append(TeacherEvaluation(lambda: self.evaluate_teacher(count)))
-            first.append(PrototypeRefresh())
+            first += [PrototypeRefresh(), SkippedSteps()]
         if self.cfg.DATALOADER.MAX_UNREADABLE_IMAGES > 0:
             first.append(UnreadableImageCount())
         hooks = [h for h in super().build_hooks() if not isinstance(h, PeriodicCheckpointer)]

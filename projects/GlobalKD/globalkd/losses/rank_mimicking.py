@@ -32,17 +32,19 @@ def grouped_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tenso
 
 
 def rank_divergence(student: Tensor, teacher: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """KL(teacher || student) of the distribution over each object's anchors, row by row.
+    """KL(teacher || student) of the distribution over each object's anchors.
 
     Args:
         student, teacher: (M,) scores.
         group: (M,) the object of each row.
+        num_groups: G objects.
 
     Returns:
-        (M,), whose sum over an object's rows is its divergence.
+        (G,), 0 for an object without a row.
     """
     target = grouped_log_softmax(teacher, group, num_groups)
-    return target.exp() * (target - grouped_log_softmax(student, group, num_groups))
+    rows = target.exp() * (target - grouped_log_softmax(student, group, num_groups))
+    return rows.new_zeros(num_groups).index_add(0, group, rows)
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -68,7 +70,7 @@ class RankMimicking(DistillLoss):
         """
         Args:
             weight: weight of the term.
-            use_reliability: multiply each row by its reliability.
+            use_reliability: multiply an object's divergence by the mean reliability of its anchors.
         """
         super().__init__({"loss_kd_rank": weight}, use_reliability=use_reliability)
 
@@ -85,11 +87,14 @@ class RankMimicking(DistillLoss):
             for x in (responses.student, responses.teacher)
         )
         group = context.positives.matched_rows(objects)
-        rows = rank_divergence(student, teacher, group, len(objects))
+        apart = rank_divergence(student, teacher, group, len(objects))
+        none = apart.new_zeros(len(objects))
         if self.use_reliability:
-            rows = rows * responses.reliability
-        ranked = rows.new_zeros(len(objects)).index_fill(0, group, 1.0).sum()
-        return {"loss_kd_rank": rows.sum() / ranked.clamp_min(1)}
+            anchors = none.index_add(0, group, torch.ones_like(student))
+            reliability = none.index_add(0, group, responses.reliability.to(none))
+            apart = apart * (reliability / anchors.clamp_min(1))
+        ranked = none.index_fill(0, group, 1.0).sum()
+        return {"loss_kd_rank": apart.sum() / ranked.clamp_min(1)}
 
 
 def prediction_guided_loss(
