@@ -19,6 +19,8 @@ from globalkd.structures import PrototypeSet
 
 SIZE, CLASSES, ANCHORS = 64, 4, 2
 STRIDES = {"p3": 8, "p4": 16}
+#: What a RetinaNet divides sums over all its anchors by.
+NORMALIZER = 90.5
 #: How deep in the dense heads' towers the toys' hidden maps are.
 DEPTH = 3
 
@@ -200,7 +202,8 @@ def _anchors(dense, teacher, ground_truth, order):
         rows=rows,
     )
     logits = [x.flat_logits.flatten(0, 1) for x in (dense, teacher)]
-    return ToyCandidates(logits[0], labels.flatten(), teacher=logits[1].detach()), positives
+    candidates = ToyCandidates(logits[0], labels.flatten(), NORMALIZER, teacher=logits[1].detach())
+    return candidates, positives
 
 
 def _proposals(ground_truth, num_images, generator, order, equal, fills):
@@ -218,6 +221,7 @@ def _proposals(ground_truth, num_images, generator, order, equal, fills):
     candidates = ToyCandidates(
         ours.requires_grad_(),
         labels,
+        len(labels),
         one_stage=False,
         teacher=ours.detach() if equal else theirs,
     )

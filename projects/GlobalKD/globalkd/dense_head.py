@@ -8,6 +8,7 @@ Shapes: N images, H x W cells of a level, A anchors of a cell, C scores of an an
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -145,20 +146,25 @@ class DenseOutputs:
         parts = [dict(zip(names, x.values())) for x in (self.anchors, self.logits, self.deltas)]
         return DenseOutputs(*parts, self.transform, self.hidden)
 
-    @property
+    @cached_property
     def flat_anchors(self) -> Tensor:
         """(sum of H W A, 4), in Detectron2's order of anchors."""
         return torch.cat([x.flatten(0, 2) for x in self.anchors.values()])
 
-    @property
+    @cached_property
     def flat_logits(self) -> Tensor:
         """(N, sum of H W A, C), in the order of `flat_anchors`."""
-        return torch.cat([x.flatten(1, 3) for x in self.logits.values()], dim=1)
+        return _flat(self.logits)
 
-    @property
+    @cached_property
     def flat_deltas(self) -> Tensor:
         """(N, sum of H W A, 4), in the order of `flat_anchors`."""
-        return torch.cat([x.flatten(1, 3) for x in self.deltas.values()], dim=1)
+        return _flat(self.deltas)
+
+
+@torch.enable_grad()  # kept for all readers, though the first may be one without gradient
+def _flat(maps: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([x.flatten(1, 3) for x in maps.values()], dim=1)
 
 
 def by_cell(maps: Tensor, num_anchors: int) -> Tensor:

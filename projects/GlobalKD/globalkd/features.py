@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, Hashable, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ROIAlign, ShapeSpec
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -123,6 +125,55 @@ def to_rois(boxes: Sequence[Tensor]) -> Tensor:
     """Stack per-image (R_i, 4) boxes as (R, 5) float rows: image index, x1, y1, x2, y2."""
     image_index = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
     return torch.cat([torch.cat(image_index), torch.cat(list(boxes))], dim=1)
+
+
+def by_image(rois: Tensor, num_images: int) -> List[Boxes]:
+    """The boxes of each image: of (R, 5) rows as of `to_rois`, image by image. Waits for a GPU."""
+    images = torch.arange(num_images, device=rois.device)
+    counts = (rois[:, 0] == images[:, None]).sum(dim=1).tolist()  # bincount would wait twice
+    return [Boxes(own) for own in rois[:, 1:].split(counts)]
+
+
+def pools_without_waiting(pooler: ROIPooler) -> bool:
+    """Whether `pool` can pool on a GPU without making the host wait for it."""
+    return type(pooler) is ROIPooler and all(isinstance(x, ROIAlign) for x in pooler.level_poolers)
+
+
+def pool(pooler: ROIPooler, maps: List[Tensor], rois: Tensor) -> Tensor:
+    """What a pooler of Detectron2 gives for boxes, each from the level that it belongs to.
+
+    Args:
+        pooler: the pooler.
+        maps: of its levels, (N, D, H, W) each.
+        rois: (R, 5) rows of image index, ascending, and XYXY_ABS box.
+
+    Returns:
+        (R, D, B, B').
+    """
+    if rois.is_cuda and pools_without_waiting(pooler):
+        return pool_without_waiting(pooler, maps, rois)
+    return pooler(maps, by_image(rois, len(maps[0])))
+
+
+def pool_without_waiting(pooler: ROIPooler, maps: List[Tensor], rois: Tensor) -> Tensor:
+    """`pool` for a GPU.
+
+    Detectron2's own asks which boxes belong to a level, level by level. Here each level pools all
+    of them, empty in the place of those that are not its own, which costs it nothing.
+    """
+    level = assign_boxes_to_levels(
+        [Boxes(rois[:, 1:])],
+        pooler.min_level,
+        pooler.max_level,
+        pooler.canonical_box_size,
+        pooler.canonical_level,
+    )
+    pooled = None
+    for index, (x, align) in enumerate(zip(maps, pooler.level_poolers)):
+        own = level == index
+        part = align(x, rois * own[:, None])
+        pooled = part if pooled is None else torch.where(own[:, None, None, None], part, pooled)
+    return pooled
 
 
 class InstancePooler(nn.Module):

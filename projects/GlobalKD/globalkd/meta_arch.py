@@ -129,12 +129,12 @@ class DistillMixin:
         return modules
 
     def _outputs(self, recorded: Dict[str, Any]) -> StudentOutputs:
-        candidates, positives = self._scored(recorded)
         dense = find_dense_head(self)
         if dense is not None:
             dense = DenseOutputs.collect(
                 dense, recorded["anchors"], *recorded["dense_head"], recorded["hidden"]
             )
+        candidates, positives = self._scored(recorded, dense)
         return StudentOutputs(recorded["backbone"], candidates, positives, dense)
 
 
@@ -187,7 +187,9 @@ class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
         ):
             yield recorded
 
-    def _scored(self, recorded: Dict[str, Any]) -> Tuple[ProposalCandidates, Positives]:
+    def _scored(
+        self, recorded: Dict[str, Any], _dense: Optional[DenseOutputs]
+    ) -> Tuple[ProposalCandidates, Positives]:
         proposals = recorded["sampled"]
         logits = recorded["box_predictor"][0]
         boxes = [x.proposal_boxes.tensor for x in proposals]
@@ -206,7 +208,8 @@ class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
             strides=self._strides(boxes[rows]),
             rows=rows,
         )
-        return ProposalCandidates(logits, classes, boxes, image_index), positives
+        count = max(len(classes), 1)
+        return ProposalCandidates(logits, classes, count, boxes, image_index), positives
 
     def _strides(self, boxes: Tensor) -> Tensor:
         """(M,) stride of the level from which the box head pools each box."""
@@ -231,7 +234,7 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
         losses = self.losses
 
         def record_labels(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
-            recorded["losses"] = (anchors, pred_logits, gt_labels, gt_boxes)
+            recorded["losses"] = (anchors, gt_labels, gt_boxes)
             return losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
 
         with (
@@ -240,8 +243,10 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
         ):
             yield recorded
 
-    def _scored(self, recorded: Dict[str, Any]) -> Tuple[AnchorCandidates, Positives]:
-        anchors, pred_logits, gt_labels, gt_boxes = recorded["losses"]
+    def _scored(
+        self, recorded: Dict[str, Any], dense: DenseOutputs
+    ) -> Tuple[AnchorCandidates, Positives]:
+        anchors, gt_labels, gt_boxes = recorded["losses"]
         num_anchors = len(gt_labels[0])
         labels = torch.cat(gt_labels)
         rows = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
@@ -258,4 +263,5 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
             strides=torch.cat(level_strides)[anchor].float(),
             rows=rows,
         )
-        return AnchorCandidates(torch.cat(pred_logits, dim=1).flatten(0, 1), labels), positives
+        logits = dense.flat_logits.flatten(0, 1)
+        return AnchorCandidates(logits, labels, self.loss_normalizer), positives

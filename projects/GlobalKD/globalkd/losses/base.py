@@ -197,6 +197,7 @@ class DistillContext:
             teacher=candidates.teacher_logits(self).detach(),
             labels=candidates.labels,
             reliability=ones.index_copy(0, self.positives.rows, weight),
+            normalizer=candidates.normalizer,
             one_stage=candidates.one_stage,
         )
 
@@ -213,6 +214,7 @@ class DistillContext:
             teacher=teacher,
             labels=self.positives.classes,
             reliability=self._positive_reliability(),
+            normalizer=max(len(rows), 1),
             one_stage=self.candidates.one_stage,
         )
 

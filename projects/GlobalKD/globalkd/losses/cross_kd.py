@@ -68,9 +68,9 @@ class CrossKD(DistillLoss):
     (`align_scale`), goes through what comes after it in the teacher's frozen head. Class: quality
     focal loss of each anchor. Box: 1 - GIoU of the two boxes of each anchor, times the teacher's
     largest score there. Both are summed over all anchors but those that the detector ignores, and
-    divided by the running mean of the number of positive anchors, as Detectron2 normalises its own
-    losses. The student's last layers learn from the annotations alone. All levels of the heads take
-    part, whatever IN_FEATURES says.
+    divided by the running mean of the number of positive anchors that Detectron2 divides its own
+    losses by. The student's last layers learn from the annotations alone. All levels of the heads
+    take part, whatever IN_FEATURES says.
 
     Defaults: those of the authors' RetinaNet: both weights 1, and the third of four convolutions.
 
@@ -92,7 +92,6 @@ class CrossKD(DistillLoss):
         super().__init__({"loss_kd_cross_class": class_weight, "loss_kd_cross_box": box_weight})
         require("CROSS_KD.DEPTH", depth, depth >= 1, "1 or more")
         self.hidden_depth = depth
-        self.register_buffer("num_positives", torch.tensor(100.0))
 
     @classmethod
     def from_config(cls, cfg):
@@ -113,8 +112,7 @@ class CrossKD(DistillLoss):
         their_logits = target.flat_logits
         logits, deltas = self._flat(logits, target), self._flat(deltas, target)
         kept = (context.candidates.labels >= 0).view(len(logits), -1)
-        self.num_positives.mul_(0.9).add_(0.1 * max(len(context.positives), 1))
-        normalizer = self.num_positives.clone()
+        normalizer = context.candidates.normalizer
         terms = {}
         if "loss_kd_cross_class" in self.weights:
             apart = quality_focal_loss(logits, their_logits)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..features import LevelPair
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .divergence import softmax_kl
 from .feature import build_alignment
-from .response import softmax_kl
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -12,9 +12,8 @@ from torch import Tensor
 from ..features import LevelPair
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import box_mask, build_adapters, weighted_feature_loss
+from .feature import box_mask, build_adapters, cell_errors, weighted_mean
 from .outputs import Responses
-from .response import sigmoid_kl, softmax_kl
 
 #: Boxes are on the finest level up to twice this side in pixels, then on the next one, and so on.
 FINEST_SIDE = 56.0
@@ -28,8 +27,7 @@ def box_levels(boxes: Tensor, num_levels: int) -> Tensor:
 
 def decoupled_divergence(responses: Responses, temperature: float) -> Tuple[Tensor, Tensor]:
     """Mean KL divergence of class predictions: on foreground rows, and on background rows."""
-    divergence = sigmoid_kl if responses.one_stage else softmax_kl
-    rows = divergence(responses.student, responses.teacher, temperature)
+    rows = responses.divergence(temperature)
     background = responses.background
     foreground = (responses.labels >= 0) & ~background
     positive, negative = (
@@ -125,8 +123,9 @@ class DeFeat(DistillLoss):
                 size=(len(teacher), *teacher.shape[-2:]),
                 stride=pair.stride,
             )
-            inside.append(weighted_feature_loss(student, teacher, mask))
-            outside.append(weighted_feature_loss(student, teacher, (mask == 0).float()))
+            errors = cell_errors(student, teacher)
+            inside.append(weighted_mean(errors, mask))
+            outside.append(weighted_mean(errors, (mask == 0).float()))
         return {
             "loss_kd_defeat_object": torch.stack(inside).mean(),
             "loss_kd_defeat_background": torch.stack(outside).mean(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .response import sigmoid_kl, softmax_kl
+from .divergence import sigmoid_kl, softmax_kl
 
 
 def decouple(logits: Tensor, labels: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
@@ -85,15 +85,14 @@ class DKD(DistillLoss):
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses = context.predictions
-        kept = responses.labels >= 0
-        weight = kept * responses.reliability if self.use_reliability else kept
-        labels = responses.labels.clamp_min(0)
         (target, others), (teacher_target, teacher_others) = (
-            decouple(x, labels, self.temperature) for x in (responses.student, responses.teacher)
+            decouple(x, responses.labels, self.temperature)
+            for x in (responses.student, responses.teacher)
         )
         rows = {
             "loss_kd_dkd_target": sigmoid_kl(target, teacher_target, self.temperature),
             "loss_kd_dkd_others": softmax_kl(others, teacher_others, self.temperature),
         }
-        count = kept.sum().clamp_min(1)
-        return {name: (rows[name] * weight).sum() / count for name in self.weights}
+        if self.use_reliability:
+            rows = {name: x * responses.reliability for name, x in rows.items()}
+        return {name: rows[name].sum() / responses.normalizer for name in self.weights}

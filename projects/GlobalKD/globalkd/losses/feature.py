@@ -94,20 +94,24 @@ def instance_masks(loss: DistillLoss, context: DistillContext, *, share: bool) -
     )
 
 
-def weighted_feature_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """Half the squared difference, mean over channels, weighted mean over cells.
+def cell_errors(student: Tensor, teacher: Tensor) -> Tensor:
+    """Half the squared difference, mean over channels: (N, D, H, W) maps -> (N, H, W).
 
-    Args:
-        student, teacher: (N, D, H, W), or (M, D) of single cells.
-        weight: (N, H, W) non-negative, or (M,).
-
-    Returns:
-        Scalar; 0 where all weights are 0.
+    Also (M, D) features of single cells -> (M,).
     """
     # Summed, then divided: the gradient of a mean over channels would be as large as the map.
     squared = F.mse_loss(student.float(), teacher.float(), reduction="none").sum(dim=1)
-    squared = squared / student.shape[1]
-    return 0.5 * (squared * weight).sum() / weight.sum().clamp_min(1e-6)
+    return 0.5 * (squared / student.shape[1])
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over all entries; weights of equal shape, non-negative. 0 where all are 0."""
+    return (values * weight).sum() / weight.sum().clamp_min(1e-6)
+
+
+def weighted_feature_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """`weighted_mean` of `cell_errors`."""
+    return weighted_mean(cell_errors(student, teacher), weight)
 
 
 def build_adapters(levels: Sequence[LevelPair], *, kernel_size: int, relu: bool) -> nn.ModuleDict:
@@ -203,11 +207,9 @@ class FeatureKnowledge(DistillLoss):
 
     def _dense(self, context: DistillContext, name: str, mask: Tensor) -> Dict[str, Tensor]:
         student = self.adapters[name](context.student_maps[name])
-        teacher = context.teacher_maps[name]
+        errors = cell_errors(student, context.teacher_maps[name])
         return {
-            k: weighted_feature_loss(
-                student, teacher, mask if k == "loss_kd_feature" else (mask == 0).float()
-            )
+            k: weighted_mean(errors, mask if k == "loss_kd_feature" else (mask == 0).float())
             for k in self.weights
         }
 

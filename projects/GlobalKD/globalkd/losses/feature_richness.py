@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..features import LevelPair
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .divergence import sigmoid_kl
 from .feature import build_adapters, weighted_feature_loss
-from .response import sigmoid_kl
 
 
 def feature_richness(logits: Tensor) -> Tensor:

@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
 from ..dense_head import DenseOutputs
-from ..features import LevelPair
+from ..features import LevelPair, pool
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .divergence import sigmoid_kl
 from .feature import build_adapters
-from .response import sigmoid_kl
 from .rkd import distance_loss
 
 #: Anchors of an image that take part in the non-maximum suppression, by their score.
@@ -85,11 +84,6 @@ def anchors_at(rois: Tensor, anchors: Tensor, *, num_images: int, threshold: flo
     image = rois[:, :1].long().expand_as(overlaps)
     best = overlaps.new_zeros(num_images, len(anchors))
     return best.scatter_reduce(0, image, overlaps, "amax") >= threshold
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the entries where the mask is set; 0 where it is nowhere."""
-    return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -199,31 +193,30 @@ class GID(DistillLoss):
             nms_threshold=self.nms_threshold,
             min_box_size=self.min_box_size,
         )
-        terms = {**self._feature_terms(context, rois), **self._response_terms(context, rois)}
-        return {name: terms[name] for name in self.weights}
+        return {**self._feature_terms(context, rois), **self._response_terms(context, rois)}
 
     def _feature_terms(self, context: DistillContext, rois: Tensor) -> Dict[str, Tensor]:
         """Squared difference of adapted features, and of the relations of raw ones."""
         names = [p.student for p in context.levels]
-        counts = torch.bincount(rois[:, 0].long(), minlength=len(context.image_sizes)).tolist()
-        boxes = [Boxes(b) for b in rois[:, 1:].split(counts)]
-        teacher = self._pool([context.teacher_maps[n] for n in names], boxes)
-        terms = {}
+        terms: Dict[str, Tensor] = {}
+        if not {"loss_kd_gid_feature", "loss_kd_gid_relation"} & set(self.weights):
+            return terms
+        teacher = self._pool([context.teacher_maps[n] for n in names], rois)
         if "loss_kd_gid_feature" in self.weights:
-            adapted = self._pool([self.adapters[n](context.student_maps[n]) for n in names], boxes)
+            adapted = self._pool([self.adapters[n](context.student_maps[n]) for n in names], rois)
             squared = (adapted - teacher).square()
             terms["loss_kd_gid_feature"] = squared.sum() / max(squared.numel(), 1)
         if "loss_kd_gid_relation" in self.weights:
-            student = self._pool([context.student_maps[n] for n in names], boxes)
+            student = self._pool([context.student_maps[n] for n in names], rois)
             with torch.autocast(student.device.type, enabled=False):
                 terms["loss_kd_gid_relation"] = distance_loss(
                     student.flatten(1), teacher.flatten(1)
                 )
         return terms
 
-    def _pool(self, maps: List[Tensor], boxes: List[Boxes]) -> Tensor:
+    def _pool(self, maps: List[Tensor], rois: Tensor) -> Tensor:
         """(G, D, bins, bins) float32."""
-        return self.pooler([x.float() for x in maps], boxes)
+        return pool(self.pooler, [x.float() for x in maps], rois)
 
     def _response_terms(self, context: DistillContext, rois: Tensor) -> Dict[str, Tensor]:
         """Class and box predictions of the anchors at the general instances."""
@@ -234,9 +227,12 @@ class GID(DistillLoss):
             num_images=len(context.image_sizes),
             threshold=self.anchor_threshold,
         )
-        classes = sigmoid_kl(ours.flat_logits, theirs.flat_logits, 1.0)
-        offsets = (ours.flat_deltas.float() - theirs.flat_deltas.float()).abs().sum(dim=-1)
-        return {
-            "loss_kd_gid_class": masked_mean(classes, mask),
-            "loss_kd_gid_box": masked_mean(offsets, mask),
-        }
+        rows = mask.flatten().nonzero().squeeze(1)  # few of all anchors
+        count, terms = max(len(rows), 1), {}
+        if "loss_kd_gid_class" in self.weights:
+            logits = (x.flat_logits.flatten(0, 1)[rows] for x in (ours, theirs))
+            terms["loss_kd_gid_class"] = sigmoid_kl(*logits, 1.0).sum() / count
+        if "loss_kd_gid_box" in self.weights:
+            s, t = (x.flat_deltas.flatten(0, 1)[rows].float() for x in (ours, theirs))
+            terms["loss_kd_gid_box"] = F.l1_loss(s, t, reduction="sum") / count
+        return terms

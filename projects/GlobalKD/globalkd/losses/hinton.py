@@ -6,14 +6,11 @@ Table 4 of GlobalKD.
 
 from typing import Dict
 
-import torch
 from detectron2.config import configurable
 from torch import Tensor
 
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .outputs import Responses
-from .response import sigmoid_kl, softmax_kl
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -52,8 +49,6 @@ class HintonKD(DistillLoss):
         require("HINTON.ROWS", rows, rows in ("positives", "all"), ["positives", "all"])
         self.temperature = temperature
         self.needs_predictions = rows == "all"
-        if self.needs_predictions:
-            self.register_buffer("num_positives", torch.tensor(100.0))
 
     @classmethod
     def from_config(cls, cfg):
@@ -67,18 +62,8 @@ class HintonKD(DistillLoss):
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses = context.predictions if self.needs_predictions else context.responses
-        divergence = sigmoid_kl if responses.one_stage else softmax_kl
-        kept = responses.labels >= 0
-        weight = kept * responses.reliability if self.use_reliability else kept
-        rows = divergence(responses.student, responses.teacher, self.temperature) * weight
-        return {"loss_kd_hinton": rows.sum() / self._normalizer(responses, kept)}
-
-    @torch.no_grad()
-    def _normalizer(self, responses: Responses, kept: Tensor) -> Tensor:
-        if not responses.one_stage:
-            return kept.sum().clamp_min(1)
-        positives = (kept & ~responses.background).sum().clamp_min(1)
-        if not self.needs_predictions:
-            return positives
-        self.num_positives.lerp_(positives.to(self.num_positives), 0.1)
-        return self.num_positives.clone()
+        weight = responses.labels >= 0
+        if self.use_reliability:
+            weight = weight * responses.reliability
+        rows = responses.divergence(self.temperature) * weight
+        return {"loss_kd_hinton": rows.sum() / responses.normalizer}

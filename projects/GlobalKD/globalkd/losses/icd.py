@@ -207,9 +207,10 @@ class ICD(DistillLoss):
         student = self._cells(context, context.student_maps)
         if context.iteration < self.start_iter:
             student = student.detach()
-        weight = attention.detach() * self._cell_weights(context, queries)[:, None]
         imitate = conditional_value_loss(
-            self.decoder.by_head(self.student_value(student)), value.detach(), weight.sum(dim=2)
+            self.decoder.by_head(self.student_value(student)),
+            value.detach(),
+            self._cell_weights(context, queries, attention.detach()),
         )
         return {
             "loss_kd_icd": imitate,
@@ -221,12 +222,12 @@ class ICD(DistillLoss):
         """(N, S, D), level after level."""
         return torch.cat([maps[p.student].flatten(2).mT for p in context.levels], dim=1)
 
-    def _cell_weights(self, context: DistillContext, queries: Queries) -> Tensor:
-        """(N, Q, S): the weight of each real object on the cells of each level; 0 of others."""
+    def _cell_weights(self, context: DistillContext, queries: Queries, attention: Tensor) -> Tensor:
+        """(N, U, S): attention summed over an image's real objects, each with its weight."""
+        sizes = [context.teacher_maps[p.student][0, 0].numel() for p in context.levels]
         weights = []
-        for pair in context.levels:
+        for pair, part in zip(context.levels, attention.split(sizes, dim=3)):
             of_object = self.instance_weight(context.on_ground_truth, pair.student).float()
-            of_query = queries.scatter(of_object)
-            num_cells = context.teacher_maps[pair.student][0, 0].numel()
-            weights.append(of_query[..., None].expand(-1, -1, num_cells))
+            of_query = queries.scatter(of_object)  # (N, Q), 0 of invented ones
+            weights.append((of_query[:, None, None] @ part).squeeze(2))
         return torch.cat(weights, dim=2)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..dense_head import DenseOutputs
 from ..features import to_rois
+from .divergence import sigmoid_kl, softmax_kl
 
 if TYPE_CHECKING:
     from .base import DistillContext
@@ -86,10 +87,13 @@ class Candidates(ABC):
     Attributes:
         logits: (B, C) the student's, with gradient.
         labels: (B,) int64: a class in [0, K), K for background, -1 where the detector ignores it.
+        normalizer: what a sum over all rows is divided by, as the detector divides its own: their
+            number, or of anchors the running mean of the number of positives.
     """
 
     logits: Tensor
     labels: Tensor
+    normalizer: float
 
     #: Whether `logits` are independent per-class scores (sigmoid) or one softmax with background.
     one_stage: ClassVar[bool]
@@ -125,6 +129,8 @@ class Responses:
         teacher: (B, C) logits, detached.
         labels: (B,) see `Candidates.labels`.
         reliability: (B,) weights, detached; 1 for rows that are no instance.
+        normalizer: what a sum over the rows is divided by: of positives their number, 1 or more;
+            else see `Candidates.normalizer`.
         one_stage: see `Candidates.one_stage`.
     """
 
@@ -132,9 +138,15 @@ class Responses:
     teacher: Tensor
     labels: Tensor
     reliability: Tensor
+    normalizer: float
     one_stage: bool
 
     @property
     def background(self) -> Tensor:
         """(B,) bool."""
         return self.labels == self.student.shape[1] - (0 if self.one_stage else 1)
+
+    def divergence(self, temperature: float) -> Tensor:
+        """(B,) T^2 KL(teacher || student): of one softmax, or of K sigmoids, summed."""
+        divergence = sigmoid_kl if self.one_stage else softmax_kl
+        return divergence(self.student, self.teacher, temperature)

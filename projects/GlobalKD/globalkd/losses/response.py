@@ -2,28 +2,12 @@
 
 from typing import Dict
 
-import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor
 
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-
-
-def softmax_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(t / T) || softmax(s / T)) of each row: (M, C) logits -> (M,)."""
-    target = F.log_softmax(teacher.float() / temperature, dim=-1)
-    output = F.log_softmax(student.float() / temperature, dim=-1)
-    divergence = F.kl_div(output, target, reduction="none", log_target=True)
-    return divergence.sum(dim=-1) * temperature**2
-
-
-def sigmoid_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 times the binary KL divergence of each class, summed: (M, C) logits -> (M,)."""
-    s, t = student.float() / temperature, teacher.float() / temperature
-    positive = t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s))
-    negative = (-t).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s))
-    return (positive + negative).sum(dim=-1) * temperature**2
+from .divergence import sigmoid_kl, softmax_kl
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -75,4 +59,4 @@ class ResponseKnowledge(DistillLoss):
         rows = divergence(responses.student, responses.teacher, self.temperature)
         if self.use_reliability:
             rows = rows * responses.reliability
-        return {"loss_kd_response": rows.sum() / max(len(rows), 1)}
+        return {"loss_kd_response": rows.sum() / responses.normalizer}
