@@ -21,8 +21,8 @@ SIZE, CLASSES, ANCHORS = 64, 4, 2
 STRIDES = {"p3": 8, "p4": 16}
 #: What a RetinaNet divides sums over all its anchors by.
 NORMALIZER = 90.5
-#: How deep in the dense heads' towers the toys' hidden maps are.
-DEPTH = 3
+#: How deep in the dense heads' towers the toys' hidden maps are, and their channels.
+DEPTH, HIDDEN = 3, 3
 
 
 @dataclass
@@ -113,15 +113,12 @@ class ToyTeacher:
 
     dense: DenseOutputs
 
-    def finish_towers(self, hidden, depth):
-        outputs = [], []
-        for level, name in enumerate(self.dense.logits):
-            own = self.dense.logits[name], self.dense.deltas[name]
-            for maps, x, of_tower, own_tower in zip(
-                outputs, own, hidden[level], self.dense.hidden[depth][level]
-            ):
-                more = (of_tower.relu() - own_tower.relu()).mean(dim=1, keepdim=True)
-                maps.append(x.permute(0, 3, 4, 1, 2).flatten(1, 2) + more)
+    def finish_tower(self, maps, tower, depth):
+        outputs = []
+        own = (self.dense.logits, self.dense.deltas)[tower].values()
+        for x, given, held in zip(own, maps, self.dense.hidden[depth]):
+            more = (given.relu() - held[tower].relu()).mean(dim=1, keepdim=True)
+            outputs.append(x.permute(0, 3, 4, 1, 2).flatten(1, 2) + more)
         return outputs
 
 
@@ -147,7 +144,7 @@ def _detector(num_images, channels, num_scores, generator, repeat, fill):
         maps[name] = leaf(num_images, channels, n, n)
         logits[name], deltas[name] = leaf(*shape, num_scores), leaf(*shape, 4, scale=0.1)
         own = maps[name].detach()
-        hidden.append([own[:, i : i + 3].clone().requires_grad_() for i in (0, 3)])
+        hidden.append([own[:, i : i + HIDDEN].clone().requires_grad_() for i in (0, 3)])
         y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
         centre = (torch.stack([x, y, x, y], dim=-1)[:, :, None] + 0.5) * stride
         wide = torch.tensor([[-2.0, -1, 2, 1], [-1, -2, 1, 2]]) * stride / 2
@@ -266,7 +263,7 @@ def toy_bank(*, equal=False, widths=(6, 8)):
 def attach(loss, context, *, seed=0):
     """Attach a loss to the pair of a step, with equal random parameters for equal seeds."""
     torch.manual_seed(seed)
-    loss.num_classes = CLASSES
+    loss.num_classes, loss.hidden_channels = CLASSES, (HIDDEN, HIDDEN)
     loss.attach(context.levels)
     for parameter in loss.parameters():  # some modules start at zero
         if not parameter.any():

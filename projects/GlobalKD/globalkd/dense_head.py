@@ -80,21 +80,19 @@ def tower_layers(head: nn.Module, depths: Iterable[int]) -> Dict[Tuple[int, int]
     }
 
 
-def finish_towers(
-    head: nn.Module, hidden: Sequence[Hidden], depth: int
-) -> Tuple[List[Tensor], List[Tensor]]:
-    """What a RetinaNet head makes of what its towers hold at a depth; as its `forward` returns it.
+def finish_tower(head: nn.Module, maps: Sequence[Tensor], tower: int, depth: int) -> List[Tensor]:
+    """What a RetinaNet head makes of what a tower holds at a depth, as its `forward` returns it.
 
     Args:
         head: with or without gradient.
-        hidden: of each level, in the order of the head.
+        maps: (N, D, H, W) of each level, in the order of the head.
+        tower: 0, that of classes, or 1, that of boxes.
         depth: number of the activation, from 1, that comes next.
     """
-    classes, boxes = (tower[_activations(tower)[depth - 1] :] for tower in _towers(head))
-    return (
-        [head.cls_score(classes(x)) for x, _ in hidden],
-        [head.bbox_pred(boxes(x)) for _, x in hidden],
-    )
+    layers = _towers(head)[tower]
+    rest = layers[_activations(layers)[depth - 1] :]
+    last = (head.cls_score, head.bbox_pred)[tower]
+    return [last(rest(x)) for x in maps]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .features import InstancePooler, LevelPair, match_levels
 from .losses import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRows, StudentOutputs
 from .non_finite import NonFiniteLosses
-from .pairing import check_pair, inherit_heads
+from .pairing import check_pair, hidden_channels, inherit_heads
 from .prototypes.bank import PrototypeBank
 from .prototypes.refresh import PrototypeRefresher
 from .prototypes.reservoir import InstanceReservoir
@@ -201,6 +201,8 @@ class Distiller(nn.Module):
                 self.reservoir = self.refresher.build_reservoir(self.levels, num_classes)
         for loss in self.losses.values():
             loss.num_classes = num_classes
+            if loss.hidden_depth:
+                loss.hidden_channels = hidden_channels(student, self.teacher, loss.hidden_depth)
             loss.attach(self.levels)
         self.to(next(student.parameters()).device)
 

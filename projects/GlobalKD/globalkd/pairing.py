@@ -4,7 +4,7 @@ Matched feature levels are in `features.py`; here are the heads.
 """
 
 import logging
-from typing import List, Mapping, Sequence
+from typing import List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
@@ -142,19 +142,24 @@ def _check_dense_heads(student: nn.Module, teacher: Teacher, losses: Sequence[st
         )
 
 
-def _check_towers(student: nn.Module, teacher: Teacher, name: str, depth: int) -> None:
+def _tower_widths(student: nn.Module, teacher: Teacher) -> Tuple[List[int], List[int]]:
     ours, theirs = (tower_widths(find_dense_head(x).module) for x in (student, teacher.model))
+    return ours, theirs
+
+
+def hidden_channels(student: nn.Module, teacher: Teacher, depth: int) -> Tuple[int, int]:
+    """What the towers of both RetinaNet heads have at a depth, from 1."""
+    ours, theirs = _tower_widths(student, teacher)
+    return ours[depth - 1], theirs[depth - 1]
+
+
+def _check_towers(student: nn.Module, teacher: Teacher, name: str, depth: int) -> None:
+    ours, theirs = _tower_widths(student, teacher)
     if min(len(ours), len(theirs)) < depth:
         raise ValueError(
             f"{name} reads layer {depth} of the towers of RetinaNet's head, but the student's have "
             f"{len(ours)} and the teacher's {len(theirs)} (MODEL.RETINANET.NUM_CONVS). Set the "
             "loss's DEPTH to fewer."
-        )
-    if ours[depth - 1] != theirs[depth - 1]:
-        raise ValueError(
-            f"{name} puts what the student's head holds into the teacher's, but their towers have "
-            f"{ours[depth - 1]} and {theirs[depth - 1]} channels. Both need equal "
-            "MODEL.FPN.OUT_CHANNELS; or take it out of MODEL.GLOBALKD.LOSSES."
         )
 
 

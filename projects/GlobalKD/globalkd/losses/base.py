@@ -43,6 +43,7 @@ class DistillLoss(nn.Module):
         needs_dense: whether it reads `context.teacher_dense`, on every level.
         hidden_depth: at which depth it reads the towers of both RetinaNet heads, in `hidden` of
             their dense outputs; 0 for none. It needs dense outputs, too.
+        hidden_channels: of student and teacher at that depth; set before `attach` is called.
         stages: the detectors that the method is defined for: "any", "one" stage or "two".
         num_classes: K; set before `attach` is called.
     """
@@ -53,6 +54,7 @@ class DistillLoss(nn.Module):
     needs_anchors: bool = False
     needs_dense: bool = False
     hidden_depth: int = 0
+    hidden_channels: Tuple[int, int] = (0, 0)
     stages: str = "any"
     num_classes: int = 0
 

@@ -10,11 +10,13 @@ from typing import Dict, Sequence
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dense_head import by_cell
+from ..features import LevelPair
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
+from .feature import align_width
 
 
 def align_scale(student: Tensor, teacher: Tensor) -> Tensor:
@@ -74,8 +76,9 @@ class CrossKD(DistillLoss):
 
     Defaults: those of the authors' RetinaNet: both weights 1, and the third of four convolutions.
 
-    Note: the authors divide by a step's own number of positive anchors, which makes an image
-    without objects count as if it had one.
+    Note: the paper's towers have one width; where they differ, a 1x1 convolution for each tower,
+    before `align_scale`, is ours. And the authors divide by a step's own number of positive
+    anchors, which makes an image without objects count as if it had one.
     """
 
     needs_dense = True
@@ -102,24 +105,23 @@ class CrossKD(DistillLoss):
             "depth": node.DEPTH,
         }
 
+    def attach(self, levels: Sequence[LevelPair]) -> None:
+        self.adapters = nn.ModuleDict({x: align_width(*self.hidden_channels) for x in self.weights})
+
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
-        ours, theirs = (
-            x.hidden[self.hidden_depth] for x in (context.student_dense, context.teacher_dense)
-        )
-        hidden = [tuple(map(align_scale, *towers)) for towers in zip(ours, theirs)]
-        logits, deltas = context.teacher.finish_towers(hidden, self.hidden_depth)
         target = context.teacher_dense
         their_logits = target.flat_logits
-        logits, deltas = self._flat(logits, target), self._flat(deltas, target)
-        kept = (context.candidates.labels >= 0).view(len(logits), -1)
+        kept = (context.candidates.labels >= 0).view(their_logits.shape[:2])
         normalizer = context.candidates.normalizer
         terms = {}
         if "loss_kd_cross_class" in self.weights:
+            logits = self._through_teacher(context, "loss_kd_cross_class", tower=0)
             apart = quality_focal_loss(logits, their_logits)
             terms["loss_kd_cross_class"] = (apart * kept).sum() / normalizer
         if "loss_kd_cross_box" in self.weights:
+            deltas = self._through_teacher(context, "loss_kd_cross_box", tower=1)
             sure = their_logits.amax(dim=-1).float().sigmoid() * kept
-            anchors = target.flat_anchors.repeat(len(logits), 1)
+            anchors = target.flat_anchors.repeat(len(deltas), 1)
             boxes, their_boxes = (
                 target.transform.apply_deltas(x.flatten(0, 1), anchors)
                 for x in (deltas, target.flat_deltas)
@@ -128,8 +130,12 @@ class CrossKD(DistillLoss):
             terms["loss_kd_cross_box"] = (apart * sure.flatten()).sum() / normalizer
         return terms
 
-    @staticmethod
-    def _flat(maps: Sequence[Tensor], like) -> Tensor:
-        """(N, A, C) of what a head returned, in the order of `flat_logits`."""
-        counts = [x.shape[3] for x in like.logits.values()]
-        return torch.cat([by_cell(x, n).flatten(1, 3) for x, n in zip(maps, counts)], dim=1)
+    def _through_teacher(self, context: DistillContext, term: str, *, tower: int) -> Tensor:
+        """(N, A, ...) predictions of the teacher's head on a tower of the student's."""
+        target, depth = context.teacher_dense, self.hidden_depth
+        hidden = zip(context.student_dense.hidden[depth], target.hidden[depth])
+        adapt = self.adapters[term]
+        maps = [align_scale(adapt(ours[tower]), theirs[tower]) for ours, theirs in hidden]
+        outputs = context.teacher.finish_tower(maps, tower, depth)
+        counts = [x.shape[3] for x in target.logits.values()]
+        return torch.cat([by_cell(x, n).flatten(1, 3) for x, n in zip(outputs, counts)], dim=1)

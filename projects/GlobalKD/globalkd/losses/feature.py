@@ -127,14 +127,17 @@ def build_adapters(levels: Sequence[LevelPair], *, kernel_size: int, relu: bool)
 
 
 def build_alignment(levels: Sequence[LevelPair]) -> nn.ModuleDict:
-    """A 1x1 convolution where the widths of a level differ; where they are equal, nothing."""
+    """`align_width` of each level."""
+    return nn.ModuleDict(
+        {p.student: align_width(p.student_channels, p.teacher_channels) for p in levels}
+    )
 
-    def alignment(pair: LevelPair) -> nn.Module:
-        if pair.student_channels == pair.teacher_channels:
-            return nn.Identity()
-        return nn.Conv2d(pair.student_channels, pair.teacher_channels, 1)
 
-    return nn.ModuleDict({pair.student: alignment(pair) for pair in levels})
+def align_width(student_channels: int, teacher_channels: int) -> nn.Module:
+    """A 1x1 convolution where the widths differ; where they are equal, nothing."""
+    if student_channels == teacher_channels:
+        return nn.Identity()
+    return nn.Conv2d(student_channels, teacher_channels, 1)
 
 
 @DISTILL_LOSS_REGISTRY.register()

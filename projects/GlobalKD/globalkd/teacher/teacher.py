@@ -6,7 +6,7 @@ how it is built and loaded (`teacher/building.py`), what is learned from it (`lo
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Callable, Collection, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Collection, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..dense_head import DenseOutputs, Hidden, find_dense_head, finish_towers, tower_layers
+from ..dense_head import DenseOutputs, find_dense_head, finish_tower, tower_layers
 from ..features import record_calls
 from ..requirement import require
 from ..sparse_convolution import has_local_classes, single_logits, window_logits
@@ -231,18 +231,17 @@ class Teacher:
             logits, deltas = ([self._returned(x) for x in out] for out in head.module(maps))
         return DenseOutputs.collect(head, anchors, logits, deltas, hidden)
 
-    def finish_towers(
-        self, hidden: Sequence[Hidden], depth: int
-    ) -> Tuple[List[Tensor], List[Tensor]]:
-        """Class maps and box maps that the RetinaNet head makes of another detector's towers.
+    def finish_tower(self, maps: Sequence[Tensor], tower: int, depth: int) -> List[Tensor]:
+        """Class maps (tower 0) or box maps (1) that the RetinaNet head makes of given maps.
 
         With gradient for what comes in, and so in the precision of what surrounds it.
 
         Args:
-            hidden: of each level of the head.
+            maps: of each level of the head, in the place of what its tower holds at the depth.
+            tower: see `dense_head.finish_tower`.
             depth: see `DenseOutputs.hidden`.
         """
-        return finish_towers(find_dense_head(self.model).module, hidden, depth)
+        return finish_tower(find_dense_head(self.model).module, maps, tower, depth)
 
     @property
     def scores_single_anchors(self) -> bool:
