@@ -49,7 +49,7 @@ def test_a_plain_configuration_can_be_checked(tiny_cfg, checked):
 
 @pytest.mark.parametrize("distill", [True, False])
 def test_classes_with_few_prototypes_concern_a_distilled_run_alone(distill, tiny_cfg, checked):
-    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.PROTOTYPES.NUM", 1000, distill=distill)
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.PROTOTYPES.NUM", 50, distill=distill)
     assert ("and so with fewer prototypes" in checked(cfg)[1]) == distill
 
 
