@@ -162,6 +162,15 @@ def test_gradient_ends_at_the_depth_and_spares_the_teacher():
     assert all(p.grad is None for p in model.distiller.teacher.model.parameters())
 
 
+@pytest.mark.parametrize("norm", ["", "FrozenBN"])  # whose layers have no parameters
+def test_adapters_have_the_widths_of_the_towers(norm):
+    model = build(norm=norm, width=64)
+    adapters = model.distiller.losses["CrossKD"].adapters.values()
+    assert [(x.in_channels, x.out_channels) for x in adapters] == [(32, 64)] * 2
+    terms, _ = step(model)
+    assert all(x.isfinite() for x in terms.values())
+
+
 @pytest.mark.parametrize("term, other", [("CLASS", "box"), ("BOX", "class")])
 def test_one_term_alone_has_its_own_parameters_alone(term, other):
     model = build(f"MODEL.GLOBALKD.CROSS_KD.{other.upper()}_WEIGHT", 0.0, width=64)

@@ -30,9 +30,7 @@ def decoupled_divergence(responses: Responses, temperature: float) -> Tuple[Tens
     rows = responses.divergence(temperature)
     background = responses.background
     foreground = (responses.labels >= 0) & ~background
-    positive, negative = (
-        (rows * kept).sum() / kept.sum().clamp_min(1) for kept in (foreground, background)
-    )
+    positive, negative = (weighted_mean(rows, kept.float()) for kept in (foreground, background))
     return positive, negative
 
 

@@ -110,7 +110,15 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def weighted_feature_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """`weighted_mean` of `cell_errors`."""
+    """`weighted_mean` of `cell_errors`.
+
+    Args:
+        student, teacher: (N, D, H, W), or (M, D) of single cells.
+        weight: (N, H, W) non-negative, or (M,).
+
+    Returns:
+        Scalar; 0 where all weights are 0.
+    """
     return weighted_mean(cell_errors(student, teacher), weight)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..features import LevelPair
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .divergence import sigmoid_kl
-from .feature import build_adapters, weighted_feature_loss
+from .feature import build_adapters, weighted_feature_loss, weighted_mean
 
 
 def feature_richness(logits: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def rich_score_loss(student: Tensor, teacher: Tensor, richness: Tensor) -> Tenso
         richness: (N, H, W).
     """
     divergence = sigmoid_kl(student.flatten(3), teacher.flatten(3), 1.0)
-    return (divergence * richness).sum() / richness.sum().clamp_min(1e-6)
+    return weighted_mean(divergence, richness)
 
 
 @DISTILL_LOSS_REGISTRY.register()
