@@ -234,6 +234,22 @@ def test_a_sweep_is_shown_by_rows_and_values(sweep):
     assert "paired" not in text
 
 
+def test_a_row_of_a_sweep_may_have_values_of_its_own(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    ours = "  - {name: ours, config: configs/d.yaml, values: [1, 3]}"
+    other = "  - {name: other, config: configs/d.yaml, opts: [KEY, 2], values: [3, 9]}"
+    path.write_text("\n".join([*SWEEP.splitlines()[:-2], ours, other, *SWEEP.splitlines()[-1:]]))
+    table = load_table(path, seeds=1)
+    assert [row.swept for row in table.rows[2:]] == [
+        *(("ours", 1), ("ours", 3), ("other", 3), ("other", 9))
+    ]
+    found = {"plain": [40], "ours, WEIGHT 1": [43], "other, WEIGHT 9": [45]}
+    text = render_markdown(table, results_of(table, found))
+    assert "| AP, by `WEIGHT` | 1 | 3 | 9 |\n" in text
+    assert "| ours | **43.00** | - |  |" in text  # 3 was planned and not run, 9 was not planned
+    assert "| other |  | - | **45.00** |" in text
+
+
 def test_csv_has_a_line_for_each_run(table):
     results = results_of(table, {"plain": [40, 44, 48], "ours": [43]})
     lines = list(csv.DictReader(io.StringIO(render_csv(table, results))))
@@ -253,6 +269,7 @@ def test_csv_has_a_line_for_each_run(table):
         (("config: configs/d.yaml, ", ""), "row 'ours': lacks \\['config'\\]"),
         (("name: ours", "name: plain"), "names must differ"),
         (("title:", "sweep: {key: K}\ntitle:"), "sweep: lacks \\['values'\\]"),
+        (("name: ours", "values: [1], name: ours"), "row 'ours' has 'values', which are of a sweep"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, change, message):

@@ -7,7 +7,8 @@ start: ...}` where they have overrides or begin with another training's weights.
 `opts` come before those of each of its trainings. The same run of two tables is run once.
 
 `sweep: {key: KEY, values: [...], opts: [...]}` runs each row that has a teacher once for each value
-of the key, with the sweep's `opts` before it: a table of rows by values.
+of the key, with the sweep's `opts` before it: a table of rows by values. A row's own `values` take
+the place of the sweep's.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ TABLE_KEYS = {
     *("title", "note", "data", "results", "teacher", "start", "opts"),
     *("baseline", "metric", "paper", "rows", "sweep"),
 }
-ROW_KEYS = {"name", "config", "opts", "teacher", "start", "paper"}
+ROW_KEYS = {"name", "config", "opts", "teacher", "start", "paper", "values"}
 NEEDED_KEYS = {"config", "opts", "start"}
 SWEEP_KEYS = {"key", "values", "opts"}
 
@@ -193,6 +194,10 @@ def _read_row(path: Path, table: dict, row: dict, seeds: int) -> List[Row]:
         return Row(name, runs, row.get("paper"), swept)
 
     sweep = table.get("sweep")
+    if "values" in row and not (sweep and teacher):
+        raise ValueError(
+            f"{path}: row {row['name']!r} has 'values', which are of a sweep's rows with a teacher."
+        )
     if not (sweep and teacher):
         return [of(row["name"], _read_opts(table, row))]
     further = tuple(map(str, sweep.get("opts", ())))
@@ -202,7 +207,7 @@ def _read_row(path: Path, table: dict, row: dict, seeds: int) -> List[Row]:
             (*_read_opts(table, row), *further, sweep["key"], str(value)),
             swept=(row["name"], value),
         )
-        for value in sweep["values"]
+        for value in row.get("values", sweep["values"])
     ]
 
 

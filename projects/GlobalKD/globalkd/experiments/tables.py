@@ -121,22 +121,26 @@ def _lines_by_row(table: Table, records: List[dict]) -> List[str]:
 
 
 def _lines_by_value(table: Table, records: List[dict]) -> List[str]:
-    """Header and rows of a sweep: the metric by value of its key, the best of a row in bold."""
-    values = table.sweep["values"]
+    """Header and rows of a sweep: the metric by value of its key, the best of a row in bold.
+
+    A value that is planned and not run has "-", one that the row does not have an empty cell.
+    """
+    values = list(dict.fromkeys(row.swept[1] for row in table.rows if row.swept))
     header = [f"{table.metric}, by `{table.sweep['key']}`", *(f"{value:g}" for value in values)]
     lines = [_line(header), "|---" * len(header) + "|"]
-    metrics: Dict[str, Dict[Optional[float], Sequence[float]]] = {}  # row -> value -> seeds
+    metrics: Dict[str, Dict[Optional[float], Optional[Sequence[float]]]] = {}  # row, value -> seeds
     for row, record in zip(table.rows, records):
         name, value = row.swept or (row.name, None)
-        if measured := record["metrics"].get(table.metric):
-            metrics.setdefault(name, {})[value] = measured
+        metrics.setdefault(name, {})[value] = record["metrics"].get(table.metric)
     for name, own in metrics.items():
-        best = max(own.values(), key=statistics.mean)
+        if not (measured := [seeds for seeds in own.values() if seeds]):
+            continue
+        best = mean_and_spread(max(measured, key=statistics.mean))
         if None in own:  # not swept
-            cells = [f"{name}: {mean_and_spread(best)}", *[""] * len(values)]
+            cells = [f"{name}: {best}", *[""] * len(values)]
         else:
-            cells = [name, *(mean_and_spread(own.get(value)) for value in values)]
-            cells = [f"**{c}**" if c == mean_and_spread(best) else c for c in cells]
+            cells = [name, *(mean_and_spread(own[v]) if v in own else "" for v in values)]
+            cells = [f"**{c}**" if c == best else c for c in cells]
         lines.append(_line(cells))
     return lines
 
