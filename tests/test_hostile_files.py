@@ -404,7 +404,7 @@ def test_a_voc_split_cannot_name_a_file_elsewhere(tmp_path, name):
     ],
     ids=["file", "billion laughs"],
 )
-def test_entities_of_a_voc_annotation_are_not_expanded(tmp_path, entity):
+def test_entities_that_read_files_or_grow_without_bound_are_refused(tmp_path, entity):
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (tmp_path / part).mkdir(parents=True)
     (tmp_path / "ImageSets/Main/some.txt").write_text("one")

@@ -41,9 +41,9 @@ def _add_dataset_keys(cfg: CN) -> None:
     # random numbers. A resumed run then equals one that was not interrupted, with any NUM_WORKERS.
     # False: Detectron2's own loader, whose order starts anew at a resume.
     cfg.DATALOADER.EXACT_RESUME = True
-    # At most so many images that cannot be read are passed over by each process that reads, with a
-    # warning: in training another image takes the place of one, it gives no prototype, and in
-    # evaluation its objects count as missed. 0: the first one ends the run.
+    # How many unreadable images each reading process may skip, with a warning. In training another
+    # image takes the place of one; it yields no prototypes; in evaluation its objects count as
+    # missed. 0: the first one ends the run.
     cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 0
 
 
@@ -68,7 +68,8 @@ def _add_core_keys(cfg: CN) -> None:
     # teacher has too.
     node.IN_FEATURES = []
     # What counts as an instance in training: "positives" (the student's sampled positive
-    # proposals; RetinaNet: its positive anchors) or "ground_truth" (the annotated boxes).
+    # proposals; RetinaNet: its positive anchors) or "ground_truth" (the annotated boxes). Class
+    # predictions are compared on the positives either way.
     node.INSTANCES = "positives"
     # Sampling points per side of RoIAlign, averaged to one vector an instance and level.
     node.POOLER_RESOLUTION = 7
