@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
 from torch import nn
 from torchvision.ops import box_iou, roi_align
 from toy_step import (
@@ -355,6 +356,19 @@ def test_gid_compares_features_relations_and_predictions_of_general_instances(on
     assert classes
     close(terms["loss_kd_gid_class"], mean(classes))
     close(terms["loss_kd_gid_box"], mean(boxes))
+
+
+def test_gid_compares_boxes_of_heads_that_scale_their_predictions_differently():
+    context = toy_step(one_stage=True)
+    ours, theirs = context.student_dense, context.teacher_dense
+    loss = attach(GID(num_instances=3, min_box_size=6.0, pooler_resolution=2), context)
+    expected = evaluate(loss, context)["loss_kd_gid_box"]
+    theirs.transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
+    scale = torch.tensor([10.0, 10.0, 5.0, 5.0])
+    theirs.deltas = {name: x * scale for name, x in theirs.deltas.items()}  # the same boxes
+    theirs.__dict__.pop("flat_deltas")
+    assert ours.transform.weights == (1.0, 1.0, 1.0, 1.0)
+    close(evaluate(loss, context)["loss_kd_gid_box"], expected)
 
 
 def test_anchors_at_general_instances():

@@ -20,9 +20,11 @@ from globalkd.losses import (
     ICD,
     MGD,
     RKD,
+    CrossKD,
     DeFeat,
     FeatureRichness,
     HintonKD,
+    PredictionGuidedImitation,
     RankMimicking,
 )
 from globalkd.pairing import check_pair
@@ -179,6 +181,35 @@ def test_levels_without_anchors_are_named(models):
         check_pair(
             model, model.distiller.teacher, {"FGFI": FGFI()}, levels=["p2", "p3"], num_classes=10
         )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("loss", [GID(), PredictionGuidedImitation(), FeatureRichness()])
+def test_dense_scores_of_other_classes_are_refused(loss, models):
+    teacher = copy.copy(models["retinanet"].distiller.teacher)
+    teacher.model = copy.copy(teacher.model)
+    teacher.model.num_classes = 1  # would broadcast
+    name = type(loss).__name__
+    with pytest.raises(ValueError, match=rf"\['{name}'\].*teacher has 1 classes"):
+        check_pair(models["retinanet"], teacher, {name: loss}, levels=["p3"], num_classes=10)
+
+
+@pytest.mark.parametrize("loss", [FeatureRichness(score_weight=0.0), CrossKD(depth=1)])
+def test_what_compares_no_classes_takes_a_teacher_of_others(loss, models):
+    teacher = copy.copy(models["retinanet"].distiller.teacher)
+    teacher.model = copy.copy(teacher.model)
+    teacher.model.num_classes = 12
+    losses = {type(loss).__name__: loss}
+    check_pair(models["retinanet"], teacher, losses, levels=["p3"], num_classes=10)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "kind, loss", [("rcnn", "GID"), ("retinanet", "GID"), ("retinanet", "HintonKD")]
+)
+def test_anchors_at_another_offset_are_refused(kind, loss):
+    with pytest.raises(ValueError, match=rf"\['{loss}'\].*anchors.*offsets 0.0 and 0.5"):
+        build(kind, [loss], "MODEL.ANCHOR_GENERATOR.OFFSET", 0.5)
 
 
 @pytest.mark.faults

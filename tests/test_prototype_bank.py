@@ -320,6 +320,30 @@ class TestReliability:
         expected = torch.exp(-(1 + 2 * lam) * (w_t - w_s).norm(dim=1))
         assert torch.allclose(reliability(bank, "p2", teacher, student, classes), expected)
 
+    @pytest.mark.parametrize("kind", ["max_cosine", "coefficients"])
+    def test_is_of_directions_whatever_the_pursuit_works_on(self, kind):
+        teacher, student, classes = instances()
+        expected = reliability(make_bank(reliability=kind), "p2", teacher, student, classes)
+        raw = make_bank(reliability=kind, normalize=False)
+        for scale in (1.0, 100.0):
+            weight = reliability(raw, "p2", scale * teacher, student / scale, classes)
+            assert torch.allclose(weight, expected, atol=1e-5)
+
+    @pytest.mark.parametrize("lam", [1e3, 1e6])
+    def test_coefficients_keep_their_digits_for_a_large_lambda(self, lam):
+        bank = make_bank(reliability="coefficients", projection_lambda=lam)
+        teacher, student, classes = instances()
+        weight = reliability(bank, "p2", teacher, student, classes)
+        level = bank.levels["p2"]
+        for i, k in enumerate(classes.tolist()):
+            if not FILLED[k]:
+                continue
+            atoms = (level.teacher_prototypes, level.student_prototypes)
+            vectors = (teacher[i : i + 1], student[i : i + 1], *(x[k, : FILLED[k]] for x in atoms))
+            w_t, w_s = sequential_coefficients(*(F.normalize(x.double()) for x in vectors), lam)
+            expected = torch.exp(-(1 + 2 * lam) * (w_t - w_s).norm())
+            assert weight[i].item() == pytest.approx(expected.item(), abs=1e-5)
+
     def test_coefficients_hardly_depend_on_lambda_for_one_unit_prototype(self):
         """Eq. (5) shrinks the difference by 1 + 2 lambda; the weight undoes it."""
         teacher, student, classes = instances()

@@ -64,7 +64,8 @@ with `Annotations`, `ImageSets` and `JPEGImages`.
 
 A table of your own is one more file there: title, data (`digits`, `bccd`, `coco` or `voc`),
 teacher, start, baseline, and rows with a config and opts; `sweep` runs each row for several values
-of a key, those of the sweep or the row's own. All keys: `projects/GlobalKD/globalkd/experiments/matrix.py`.
+of a key, those of the sweep or the row's own. All keys:
+`projects/GlobalKD/globalkd/experiments/matrix.py`.
 
 Finished runs are kept and interrupted ones resumed. Tables, their pictures and result files are
 written to `output/reproduce/`; with `ARGS="--results results"` the result files go where this page

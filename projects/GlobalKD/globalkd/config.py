@@ -153,7 +153,8 @@ def _add_prototype_keys(node: CN) -> None:
     node.PROTOTYPES.MAX_IMAGES_PER_CLASS = 800
     # Boxes with a side shorter than this, in pixels of the original image, are no candidates.
     node.PROTOTYPES.MIN_BOX_SIZE = 30.0
-    # L2-normalise features where prototypes are selected and compared. Raw features are stored.
+    # L2-normalise features where prototypes are selected and where "pursuit" projects on them.
+    # Cosines and reliability always do. Raw features are stored.
     node.PROTOTYPES.NORMALIZE = True
     # Only instances above this percentile of a kernel density in both spaces are candidates (the
     # released code: 40). Takes time quadratic in a class's instances. 0: off.

@@ -165,6 +165,13 @@ def _flat(maps: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([x.flatten(1, 3) for x in maps.values()], dim=1)
 
 
+def convert_deltas(deltas: Tensor, source: Box2BoxTransform, target: Box2BoxTransform) -> Tensor:
+    """Box predictions (..., 4) for one transform -> those that give the same boxes by another."""
+    if source.weights == target.weights:
+        return deltas
+    return deltas * deltas.new_tensor([t / s for s, t in zip(source.weights, target.weights)])
+
+
 def by_cell(maps: Tensor, num_anchors: int) -> Tensor:
     """(N, A C, H, W) -> (N, H, W, A, C)."""
     return maps.unflatten(1, (num_anchors, -1)).permute(0, 3, 4, 1, 2)

@@ -61,6 +61,8 @@ def check_pair(
         check_comparable(student, teacher, comparing, num_classes=num_classes)
     if asking("needs_dense"):
         _check_dense_heads(student, teacher, asking("needs_dense"))
+        if _head_kind(student) == "dense":  # an RPN has no classes
+            _check_num_classes(teacher, asking("compares_classes"), num_classes)
     for name, loss in losses.items():
         if loss.hidden_depth:
             _check_towers(student, teacher, name, loss.hidden_depth)
@@ -80,13 +82,7 @@ def check_comparable(
     Raises:
         ValueError: other number of classes, heads of another kind, or other anchors.
     """
-    if teacher.num_classes != num_classes:
-        raise ValueError(
-            f"{losses} compare class predictions, but the teacher has {teacher.num_classes} "
-            f"classes and the student {num_classes}. Give both the NUM_CLASSES of the data; if "
-            "they are to differ, take these out of MODEL.GLOBALKD.LOSSES and set "
-            "MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True."
-        )
+    _check_num_classes(teacher, losses, num_classes)
     if _head_kind(student) != _head_kind(teacher.model) or _head_kind(student) == "unknown":
         raise ValueError(
             f"{losses} compare class predictions of heads of one kind, but the student "
@@ -101,6 +97,16 @@ def check_comparable(
             f"{losses} compare class predictions by a softmax over classes and background, but a "
             "box head here is trained with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, where nobody reads "
             "the background's score. Take them out of MODEL.GLOBALKD.LOSSES."
+        )
+
+
+def _check_num_classes(teacher: Teacher, losses: Sequence[str], num_classes: int) -> None:
+    if losses and teacher.num_classes != num_classes:
+        raise ValueError(
+            f"{losses} compare class predictions, but the teacher has {teacher.num_classes} "
+            f"classes and the student {num_classes}. Give both the NUM_CLASSES of the data; if "
+            "they are to differ, take these out of MODEL.GLOBALKD.LOSSES and set "
+            "MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True."
         )
 
 
@@ -134,11 +140,13 @@ def _check_dense_heads(student: nn.Module, teacher: Teacher, losses: Sequence[st
         a.shape == b.shape and torch.allclose(a.cpu(), b.cpu())
         for a, b in zip(ours.cell_anchors, theirs.cell_anchors)
     )
-    if not same:
+    offsets = [getattr(x, "offset", None) for x in (theirs, ours)]  # none in one of your own
+    if not same or offsets[0] != offsets[1]:
         raise ValueError(
             f"{losses} compare anchor by anchor, but teacher and student have different anchors "
-            f"(strides {theirs.strides} and {ours.strides}, or MODEL.ANCHOR_GENERATOR sizes and "
-            "ratios). Give both the same, or take the losses out of MODEL.GLOBALKD.LOSSES."
+            f"(strides {theirs.strides} and {ours.strides}, offsets {offsets[0]} and {offsets[1]}, "
+            "or MODEL.ANCHOR_GENERATOR sizes and ratios). Give both the same, or take the losses "
+            "out of MODEL.GLOBALKD.LOSSES."
         )
 
 

@@ -13,12 +13,11 @@ from ..prototypes.generators import PROTOTYPE_GENERATOR_REGISTRY
 
 def list_components() -> Dict[str, List[Tuple[str, str]]]:
     """Configuration key -> the names that it takes, each with the first line of its docstring."""
-    reliabilities = {name: kind.weight for name, kind in RELIABILITIES.items()}
     choices = {
         "MODEL.GLOBALKD.LOSSES": dict(sorted(DISTILL_LOSS_REGISTRY)),
         "MODEL.GLOBALKD.PROTOTYPES.GENERATOR": dict(PROTOTYPE_GENERATOR_REGISTRY),
         "MODEL.GLOBALKD.PROJECTION.TYPE": PROJECTIONS,
-        "MODEL.GLOBALKD.RELIABILITY.TYPE": reliabilities,
+        "MODEL.GLOBALKD.RELIABILITY.TYPE": RELIABILITIES,
     }
     return {
         key: [(name, _first_line(thing)) for name, thing in named.items()]

@@ -71,7 +71,7 @@ def reliability_report(model: nn.Module, dataset: str) -> List[dict]:
     make_prototypes(model, training_instances(model)[1])
     rows = []
     for name, measure in RELIABILITIES.items():
-        if measure.projection is None:
+        if measure is None:
             continue
         model.distiller.bank.reliability_type = name
         weights = level_reliability(model, annotations.features)

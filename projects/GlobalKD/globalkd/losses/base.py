@@ -41,6 +41,8 @@ class DistillLoss(nn.Module):
         needs_predictions: whether it reads `context.predictions`.
         needs_anchors: whether it reads `context.student_dense`, on every level.
         needs_dense: whether it reads `context.teacher_dense`, on every level.
+        compares_classes: whether it compares class scores there one by one, so that both detectors
+            need the same classes.
         hidden_depth: at which depth it reads the towers of both RetinaNet heads, in `hidden` of
             their dense outputs; 0 for none. It needs dense outputs, too.
         hidden_channels: of student and teacher at that depth; set before `attach` is called.
@@ -53,6 +55,7 @@ class DistillLoss(nn.Module):
     needs_predictions: bool = False
     needs_anchors: bool = False
     needs_dense: bool = False
+    compares_classes: bool = False
     hidden_depth: int = 0
     hidden_channels: Tuple[int, int] = (0, 0)
     stages: str = "any"

@@ -63,6 +63,7 @@ class FeatureRichness(DistillLoss):
             "loss_kd_richness_score": score_weight,
         }
         super().__init__(weights)
+        self.compares_classes = "loss_kd_richness_score" in self.weights
 
     @classmethod
     def from_config(cls, cfg):

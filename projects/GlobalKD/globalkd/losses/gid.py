@@ -15,7 +15,7 @@ from detectron2.modeling.poolers import ROIPooler
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
-from ..dense_head import DenseOutputs
+from ..dense_head import DenseOutputs, convert_deltas
 from ..features import LevelPair, pool
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
@@ -111,6 +111,7 @@ class GID(DistillLoss):
     """
 
     needs_dense = True
+    compares_classes = True  # instances are chosen by it, whatever the weights are
 
     @configurable
     def __init__(
@@ -234,5 +235,6 @@ class GID(DistillLoss):
             terms["loss_kd_gid_class"] = sigmoid_kl(*logits, 1.0).sum() / count
         if "loss_kd_gid_box" in self.weights:
             s, t = (x.flat_deltas.flatten(0, 1)[rows].float() for x in (ours, theirs))
+            t = convert_deltas(t, theirs.transform, ours.transform)
             terms["loss_kd_gid_box"] = F.l1_loss(s, t, reduction="sum") / count
         return terms

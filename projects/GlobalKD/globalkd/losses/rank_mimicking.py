@@ -127,6 +127,7 @@ class PredictionGuidedImitation(DistillLoss):
     """
 
     needs_dense = True
+    compares_classes = True
     stages = "one"
 
     @configurable

@@ -9,7 +9,7 @@ Shapes: L levels, R instances, K classes, P prototypes a class, D_t and D_s chan
 """
 
 import math
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -125,7 +125,7 @@ class PrototypeBank(nn.Module):
             (w_t, w_s), each (L, R, P), or (L, R, K, P) without `classes`; float32, also under
             autocast; 0 in slots without a prototype. Gradient flows from w_s to `student` alone.
         """
-        return self._coefficients(self.projection, teacher, student, classes)
+        return self._ask(PROJECTIONS[self.projection], teacher, student, classes)
 
     @torch.no_grad()
     def reliability(
@@ -134,9 +134,10 @@ class PrototypeBank(nn.Module):
         """The weight omega of each instance on one or more levels, Eq. (8).
 
         "coefficients": exp(-(1 + 2 lambda) |w_t - w_s|) with the pursuit's coefficients on the
-        prototypes of the instance's class, whatever `projection` is; for unit vectors Eq. (5)
-        shrinks that difference by 1 + 2 lambda. "max_cosine": 1 - |max_k cos(f_s, p_s,k) -
-        max_k cos(f_t, p_t,k)| over those prototypes k. "none": 1.
+        prototypes of the instance's class, all of unit length, whatever `projection` and
+        `normalize` are; for unit vectors Eq. (5) shrinks that difference by 1 + 2 lambda.
+        "max_cosine": 1 - |max_k cos(f_s, p_s,k) - max_k cos(f_t, p_t,k)| over those prototypes k.
+        "none": 1.
 
         Args:
             teacher: level -> (R, D_t) pooled raw features.
@@ -146,12 +147,11 @@ class PrototypeBank(nn.Module):
         Returns:
             (L, R) float32 in [0, 1], detached; 1 where the class has no prototype.
         """
-        measure = RELIABILITIES[self.reliability_type]
-        if measure.projection is None:
+        weight = RELIABILITIES[self.reliability_type]
+        if weight is None:
             return torch.ones(len(student), len(classes), device=classes.device)
-        w_t, w_s = self._coefficients(measure.projection, teacher, student, classes)
-        valid = torch.stack([self.valid(level) for level in student])[:, classes]
-        return measure.weight(w_t, w_s, valid, self.projection_lambda)
+        (weights,) = self._ask(weight, teacher, student, classes)
+        return weights
 
     @torch.no_grad()
     def broadcast(self) -> None:
@@ -196,15 +196,16 @@ class PrototypeBank(nn.Module):
         self.load_state_dict(tensors)
         return about
 
-    def _coefficients(
+    def _ask(
         self,
-        projection: str,
+        question: Callable[..., Tuple[Tensor, ...]],
         teacher: Dict[str, Tensor],
         student: Dict[str, Tensor],
         classes: Optional[Tensor],
-    ) -> Tuple[Tensor, Tensor]:
+    ) -> Tuple[Tensor, ...]:
+        """What a function of (projection, teacher, student, classes) gives, stacked over levels."""
         assert list(teacher) == list(student), (list(teacher), list(student))
-        project, names = PROJECTIONS[projection], list(student)
+        names = list(student)
         theirs = [x.detach().float() for x in teacher.values()]
         ours = [x.float() for x in student.values()]
         device = ours[0].device.type
@@ -214,13 +215,12 @@ class PrototypeBank(nn.Module):
             if device != "cpu" and whole and classes is not None:
                 levels = self.levels.values()
                 self.joint = self.joint or Projection.stack([x.projection for x in levels])
-                return project(self.joint, torch.stack(theirs), torch.stack(ours), classes)
-            parts = [
-                project(self.levels[name].projection, t, s, classes)
+                return question(self.joint, torch.stack(theirs), torch.stack(ours), classes)
+            answers = [
+                question(self.levels[name].projection, t, s, classes)
                 for name, t, s in zip(names, theirs, ours)
             ]
-        w_t, w_s = zip(*parts)
-        return torch.stack(w_t), torch.stack(w_s)
+        return tuple(torch.stack(parts) for parts in zip(*answers))
 
     def _prepare(self) -> None:
         levels = list(self.levels.values())
@@ -234,29 +234,25 @@ def _prepare_after_loading(bank: PrototypeBank, _incompatible: List) -> None:
     bank._prepare()
 
 
-def _max_cosine(w_t: Tensor, w_s: Tensor, valid: Tensor, _lam: float) -> Tensor:
+def _max_cosine(
+    projection: Projection, teacher: Tensor, student: Tensor, classes: Tensor
+) -> Tuple[Tensor]:
     """1 less the difference of the largest cosines, as in the released code."""
     # -1, the least cosine, in empty slots: a class without prototypes has difference 0.
-    t, s = (w.masked_fill(~valid, -1).amax(dim=-1) for w in (w_t, w_s))
-    return (1 - (s - t).abs()).clamp(0, 1)
+    empty = ~projection.valid.index_select(-2, classes)
+    cosines = projection.by_cosine(teacher, student, classes)
+    t, s = (w.masked_fill(empty, -1).amax(dim=-1) for w in cosines)
+    return ((1 - (s - t).abs()).clamp(0, 1),)
 
 
-def _coefficient_distance(w_t: Tensor, w_s: Tensor, _valid: Tensor, lam: float) -> Tensor:
+def _coefficient_distance(
+    projection: Projection, teacher: Tensor, student: Tensor, classes: Tensor
+) -> Tuple[Tensor]:
     """exp of minus how far the pursuit's coefficients lie apart, Eq. (8)."""
-    return torch.exp(-(1 + 2 * lam) * torch.linalg.vector_norm(w_t - w_s, dim=-1))
+    difference = projection.disagree(teacher, student, classes)
+    return (torch.exp(-torch.linalg.vector_norm(difference, dim=-1)),)
 
 
-class _Reliability(NamedTuple):
-    """The projection that a weight comes from, and how: own-class (L, R, P) pairs -> (L, R)."""
-
-    projection: Optional[str]
-    weight: Optional[Callable[[Tensor, Tensor, Tensor, float], Tensor]]
-
-
-#: The values of MODEL.GLOBALKD.PROJECTION.TYPE and of MODEL.GLOBALKD.RELIABILITY.TYPE.
+#: The values of MODEL.GLOBALKD.PROJECTION.TYPE and of MODEL.GLOBALKD.RELIABILITY.TYPE; None: 1.
 PROJECTIONS = {"pursuit": Projection.by_pursuit, "cosine": Projection.by_cosine}
-RELIABILITIES = {
-    "coefficients": _Reliability("pursuit", _coefficient_distance),
-    "max_cosine": _Reliability("cosine", _max_cosine),
-    "none": _Reliability(None, None),
-}
+RELIABILITIES = {"coefficients": _coefficient_distance, "max_cosine": _max_cosine, "none": None}

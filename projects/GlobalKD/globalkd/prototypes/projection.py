@@ -22,10 +22,16 @@ class Projection(nn.Module):
     results have a leading L, too.
 
     Attributes:
+        valid: (..., K, P) bool, which slots hold a prototype.
         unit_teacher: (..., K, P, D_t) float32 of unit length, 0 in slots without a prototype.
         unit_student: (..., K, P, D_s), likewise.
         operator: (2, ..., K, P, D_t + D_s), from a stacked feature to w_t and w_s of Eq. (5).
+        disagreement: (..., K, P, D_t + D_s), from a stacked feature of two unit vectors to
+            (1 + 2 lambda) (w_t - w_s) of Eq. (5) with prototypes of unit length.
     """
+
+    #: Names of the buffers that stack along a new first dimension.
+    BY_LEVEL = ("valid", "unit_teacher", "unit_student", "disagreement")
 
     def __init__(self, *, normalize: bool):
         """
@@ -34,15 +40,15 @@ class Projection(nn.Module):
         """
         super().__init__()
         self.normalize = normalize
-        for name in ("unit_teacher", "unit_student", "operator"):
+        for name in (*self.BY_LEVEL, "operator"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
 
     @staticmethod
     def stack(levels: Sequence["Projection"]) -> "Projection":
         """Levels of equal widths as one."""
         joint = Projection(normalize=levels[0].normalize)
-        joint.unit_teacher = torch.stack([x.unit_teacher for x in levels])
-        joint.unit_student = torch.stack([x.unit_student for x in levels])
+        for name in Projection.BY_LEVEL:
+            setattr(joint, name, torch.stack([getattr(x, name) for x in levels]))
         joint.operator = torch.stack([x.operator for x in levels], dim=1)
         return joint
 
@@ -78,6 +84,22 @@ class Projection(nn.Module):
         both = torch.cat([teacher, student], dim=-1)
         to_teacher, to_student = self.operator.float()
         return _products(both.detach(), to_teacher, classes), _products(both, to_student, classes)
+
+    def disagree(self, teacher: Tensor, student: Tensor, classes: Tensor) -> Tensor:
+        """(1 + 2 lambda) (w_t - w_s) of Eq. (5) on unit vectors, whatever `normalize` says.
+
+        For unit vectors Eq. (5) shrinks the difference of the first coefficients by 1 + 2 lambda,
+        which this undoes. Unlike a difference of `by_pursuit` it keeps its digits where lambda is
+        large.
+
+        Args:
+            teacher, student, classes: see `by_cosine`.
+
+        Returns:
+            (..., R, P); 0 in slots without a prototype.
+        """
+        both = torch.cat([unit_rows(teacher), unit_rows(student)], dim=-1)
+        return _products(both, self.disagreement.float(), classes)
 
 
 class LevelPrototypes(nn.Module):
@@ -121,10 +143,16 @@ class LevelPrototypes(nn.Module):
         ]
         unit = [unit_rows(x) for x in raw]
         derived = self.projection
+        derived.valid = self.valid
         derived.unit_teacher, derived.unit_student = (x.float() for x in unit)
-        atoms = unit if derived.normalize else raw
-        operator = projection_operator(*atoms, self.valid, self.lam)
-        derived.operator = operator.transpose(0, 1).float()
+        operator = of_unit = self._operator(unit)
+        if not derived.normalize:
+            operator = self._operator(raw)
+        derived.operator = operator.float()
+        derived.disagreement = ((1 + 2 * self.lam) * (of_unit[0] - of_unit[1])).float()
+
+    def _operator(self, atoms: Sequence[Tensor]) -> Tensor:
+        return projection_operator(*atoms, self.valid, self.lam).transpose(0, 1)
 
 
 def _products(vectors: Tensor, atoms: Tensor, classes: Optional[Tensor]) -> Tensor:
