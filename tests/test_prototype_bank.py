@@ -10,8 +10,8 @@ from reference_pursuit import sequential_coefficients
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from globalkd.prototypes.bank import PrototypeBank
-from globalkd.prototypes.projection import products_by_class, products_by_row
+from globalkd.prototypes.bank import PROJECTIONS, RELIABILITIES, PrototypeBank
+from globalkd.prototypes.projection import Projection, products_by_class, products_by_row
 from globalkd.structures import PrototypeSet
 
 WIDTHS = {"p2": (7, 5), "p3": (6, 6)}
@@ -356,6 +356,26 @@ class TestReliability:
             weights.append(reliability(bank, "p2", teacher, student, classes))
         assert torch.allclose(weights[0], weights[1], atol=1e-5)
         assert torch.allclose(weights[0], weights[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*PROJECTIONS, "coefficients", "max_cosine"])
+def test_all_levels_at_once_is_each_level_by_itself(name):
+    """What a GPU computes, on a CPU."""
+    widths = {"p2": (6, 5), "p3": (6, 5)}
+    bank = make_bank(
+        filled=False,
+        teacher_channels={n: w[0] for n, w in widths.items()},
+        student_channels={n: w[1] for n, w in widths.items()},
+    )
+    bank.update(make_prototypes(widths=widths))
+    g, classes = torch.Generator().manual_seed(1), torch.arange(9) % K
+    teacher, student = (torch.randn(2, 9, d, generator=g) for d in (6, 5))
+    question = {**PROJECTIONS, **RELIABILITIES}[name]
+    levels = [level.projection for level in bank.levels.values()]
+    joint = question(Projection.stack(levels), teacher, student, classes)
+    alone = [question(x, t, s, classes) for x, t, s in zip(levels, teacher, student)]
+    for whole, parts in zip(joint, zip(*alone)):
+        torch.testing.assert_close(whole, torch.stack(parts))
 
 
 class TestState:
