@@ -46,7 +46,10 @@ _LARGEST = {"DENSITY_PERCENTILE": 100, "THRESHOLD": 1, "NMS_THRESHOLD": 1, "ANCH
 
 
 def load_config(
-    config_file: str, opts: Sequence[str] = (), like: Optional[CfgNode] = None
+    config_file: str,
+    opts: Sequence[str] = (),
+    like: Optional[CfgNode] = None,
+    opts_of: str = "the command line",
 ) -> CfgNode:
     """Read a YAML file and overrides into a config with this project's keys.
 
@@ -59,6 +62,7 @@ def load_config(
         opts: overrides, `["KEY", "VALUE", ...]`, as on a command line.
         like: a config whose keys beyond Detectron2's and ours, another project's, the file may have
             as well; they begin with the values that they have there.
+        opts_of: where `opts` come from, for messages.
 
     Returns:
         The config, not frozen, with its numbers checked by `check_config`.
@@ -79,7 +83,7 @@ def load_config(
     cfg = _SafeCfgNode(cfg)
     _require_file(config_file)
     _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
-    _merge(cfg, "the command line", lambda: cfg.merge_from_list(list(opts)))
+    _merge(cfg, opts_of, lambda: cfg.merge_from_list(list(opts)))
     cfg = CfgNode(cfg)
     check_config(cfg)
     return cfg

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: Observations are written every so many iterations: as often as Detectron2 prints.
 LOG_PERIOD = 20
+#: Formats that a teacher takes from a student of the other one.
+_FLIPPED = {"RGB", "BGR"}
 
 
 class Distiller(nn.Module):
@@ -82,6 +84,11 @@ class Distiller(nn.Module):
             ("NON_FINITE_LOSS", non_finite_loss, ("raise", "skip")),
         ):
             require(key, value, value in allowed, allowed)
+        if input_format != teacher.input_format and {input_format, teacher.input_format} != _FLIPPED:
+            raise ValueError(
+                f"INPUT.FORMAT is {input_format!r} and the teacher's {teacher.input_format!r}: only "
+                "RGB and BGR are turned into each other."
+            )
         require("WEIGHT", weight, 0 < weight < math.inf, "a finite number above 0")
         active = [loss for loss in losses if loss.weights]
         if not active:
@@ -215,6 +222,7 @@ class Distiller(nn.Module):
         """Factor on all distillation weights at an iteration: WEIGHT times `weight_factor`."""
         return self.weight * weight_factor(iteration, **self.schedule)
 
+    @torch.compiler.disable  # data loading, extraction: nothing that a compiled step could hold
     @torch.no_grad()
     def prepare(self, student: nn.Module, iteration: int) -> None:
         """Do what must happen before the step of an iteration; a second call does nothing.
@@ -235,6 +243,11 @@ class Distiller(nn.Module):
                 "does, before the trainer resumes."
             )
         self._begun = True
+        if iteration == self.schedule["max_iter"] > 0 and self.factor(iteration) == 0:
+            logger.warning(
+                f"Training goes on past SOLVER.MAX_ITER ({iteration}), where MODEL.GLOBALKD.DECAY = "
+                f"{self.schedule['decay']!r} ends: distillation losses are 0 from here on."
+            )
         if self.bank is None or self.factor(iteration) == 0:
             return
         if self.refresher is None:
@@ -306,14 +319,9 @@ class Distiller(nn.Module):
         context = self._context(batched_inputs, student, teacher_features, iteration)
         terms: Dict[str, Tensor] = {}
         for loss in self.losses.values():
-            for name, term in loss(context).items():
-                assert name not in terms and name not in detection_losses, name
-                if name not in loss.weights:
-                    raise KeyError(
-                        f"{type(loss).__name__} returns the term {name!r}, which has no weight "
-                        f"above 0 in its `weights`: {loss.weights}."
-                    )
-                terms[name] = term * (factor * loss.weights[name])
+            own = loss(context)
+            _check_terms(loss, own, detection_losses)
+            terms.update({n: term * (factor * loss.weights[n]) for n, term in own.items()})
         terms = self.non_finite.watch_terms(terms, iteration, batched_inputs)
         if self.reservoir is not None:
             self._harvest(context)
@@ -398,6 +406,21 @@ class Distiller(nn.Module):
             storage.put_scalar("kd/skipped_steps", skipped, smoothing_hint=False)
 
 
+def _check_terms(loss: DistillLoss, terms: Dict[str, Tensor], others: Dict[str, Tensor]) -> None:
+    """Raise a ValueError where a loss's `forward` does not return what `DistillLoss` asks for."""
+    name = type(loss).__name__
+    if not isinstance(terms, dict) or terms.keys() != loss.weights.keys():
+        found = sorted(terms) if isinstance(terms, dict) else type(terms).__name__
+        raise ValueError(
+            f"{name}.forward must return a dict with the terms of its `weights`, "
+            f"{sorted(loss.weights)}; it returned {found}."
+        )
+    if wrong := [n for n, x in terms.items() if not isinstance(x, Tensor) or x.dim()]:
+        raise ValueError(f"{name}.forward must return scalar tensors; {wrong} are none.")
+    if taken := sorted(terms.keys() & others.keys()):
+        raise ValueError(f"{name} returns {taken}, which the detector's own losses are called.")
+
+
 def build_loss(cfg, name: str) -> DistillLoss:
     """Build a registered loss from a config."""
     if name not in DISTILL_LOSS_REGISTRY:
@@ -406,4 +429,10 @@ def build_loss(cfg, name: str) -> DistillLoss:
             f"MODEL.GLOBALKD.LOSSES names {name!r}; registered are {known}. A loss of your own "
             "needs its module to be imported: --import my_project.my_loss."
         )
-    return DISTILL_LOSS_REGISTRY.get(name)(cfg)
+    loss = DISTILL_LOSS_REGISTRY.get(name)
+    if not (isinstance(loss, type) and issubclass(loss, DistillLoss) and hasattr(loss, "from_config")):
+        raise ValueError(
+            f"MODEL.GLOBALKD.LOSSES names {name!r}, which is no DistillLoss with a `from_config` "
+            "and a `@configurable` constructor (docs/own_loss.md)."
+        )
+    return loss(cfg)

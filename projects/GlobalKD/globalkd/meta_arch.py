@@ -92,21 +92,22 @@ class DistillMixin:
         kwargs["distiller"] = Distiller(cfg) if cfg.MODEL.GLOBALKD.ENABLED else None
         return kwargs
 
-    def forward(self, batched_inputs: List[dict]):
+    def forward(self, batched_inputs: List[dict], *args, **kwargs):
         """The parent's `forward`; in training, with the distillation terms among the losses."""
         # Without gradient it is no training step, also in training mode: a pass for the statistics
         # of batch norms, or for the loss of validation data.
         if not self.training or self.distiller is None or not torch.is_grad_enabled():
-            return super().forward(batched_inputs)
+            return super().forward(batched_inputs, *args, **kwargs)
         iteration = get_event_storage().iter
         self.distiller.prepare(self, iteration)
         if self.distiller.factor(iteration) == 0:
-            return {**super().forward(batched_inputs), **self.distiller.zero_terms()}
+            losses = super().forward(batched_inputs, *args, **kwargs)
+            return {**losses, **self.distiller.zero_terms()}
         # Once for both detectors: what is there already, they do not send to the device again.
         batched_inputs = [{**x, "image": x["image"].to(self.device)} for x in batched_inputs]
         teacher_pass = self.distiller.begin(batched_inputs)
         with self._recording() as recorded:
-            losses = super().forward(batched_inputs)
+            losses = super().forward(batched_inputs, *args, **kwargs)
         losses.update(self.distiller(batched_inputs, self._outputs(recorded), losses, teacher_pass))
         return losses
 
@@ -190,6 +191,12 @@ class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
     def _scored(
         self, recorded: Dict[str, Any], _dense: Optional[DenseOutputs]
     ) -> Tuple[ProposalCandidates, Positives]:
+        if "sampled" not in recorded or not isinstance(recorded.get("box_predictor"), tuple):
+            raise ValueError(
+                f"{type(self.roi_heads).__name__} cannot be distilled: in training its `forward` "
+                "must call `label_and_sample_proposals`, and its `box_predictor` return a tuple "
+                "that begins with class logits, as Detectron2's ROI heads do."
+            )
         proposals = recorded["sampled"]
         logits = recorded["box_predictor"][0]
         boxes = [x.proposal_boxes.tensor for x in proposals]

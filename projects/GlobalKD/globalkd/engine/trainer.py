@@ -8,7 +8,7 @@ import os
 import re
 from contextlib import contextmanager
 from functools import partial
-from typing import Iterator, List, Optional
+from typing import Callable, Iterator, List, Optional
 from unittest import mock
 
 import torch
@@ -18,6 +18,7 @@ from detectron2.data import (
     DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
+    build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
@@ -82,7 +83,13 @@ class DistillTrainer(DefaultTrainer):
         with _own_parts(cfg):
             super().__init__(cfg)
         model = getattr(self.model, "module", self.model)
-        self.run_state = RunState(model, getattr(self.data_loader, "seed", None))
+        self.run_state = RunState(model, self.data_loader.seed if self._is_exact() else None)
+        if cfg.DATALOADER.EXACT_RESUME and not self._is_exact():
+            logger.warning(
+                f"DATALOADER.EXACT_RESUME has no effect: {type(self).__name__} has a training "
+                "loader of its own, whose order starts anew at a resume. "
+                "DistillTrainer.build_train_loader takes a mapper and returns one that goes on."
+            )
         teacher_classes = ()
         if self.distiller is not None:
             teacher_classes = self.distiller.teacher.class_names
@@ -100,6 +107,10 @@ class DistillTrainer(DefaultTrainer):
         model = getattr(self.model, "module", self.model)
         return getattr(model, "distiller", None)
 
+    def _is_exact(self) -> bool:
+        """Whether data and random numbers of a step follow from the run's seed."""
+        return isinstance(self.data_loader, ResumableLoader)
+
     @classmethod
     def _evaluates_by_itself(cls) -> bool:
         """Whether no subclass has put its own evaluation in the place of this one."""
@@ -111,7 +122,7 @@ class DistillTrainer(DefaultTrainer):
 
     def build_hooks(self) -> List[HookBase]:
         # Hooks run in the order of their list: prototypes come before the step's timer.
-        first: List[HookBase] = [StepSeed()] if self.cfg.DATALOADER.EXACT_RESUME else []
+        first: List[HookBase] = [StepSeed()] if self._is_exact() else []
         if self.distiller is not None:
             count = self.cfg.MODEL.GLOBALKD.TEACHER.EVAL_IMAGES
             if count > 0:
@@ -128,7 +139,7 @@ class DistillTrainer(DefaultTrainer):
     def train(self):
         # TorchScript (the focal loss) optimises after some calls in a process, which changes the
         # last bits. On the CPU, where a resumed run equals to the bit, it must not.
-        exact = self.cfg.DATALOADER.EXACT_RESUME and self.cfg.MODEL.DEVICE == "cpu"
+        exact = self._is_exact() and self.cfg.MODEL.DEVICE == "cpu"
         try:
             with torch.jit.optimized_execution(not exact):
                 return super().train()
@@ -159,9 +170,20 @@ class DistillTrainer(DefaultTrainer):
         )
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg, mapper: Optional[Callable] = None):
+        """Detectron2's training loader; `mapper` as its `build_detection_train_loader` takes it.
+
+        Raises:
+            ValueError: DATASETS.TRAIN or SOLVER.IMS_PER_BATCH does not allow it.
+        """
+        if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
+                f"number of processes, here {comm.get_world_size()}, since each takes its share."
+            )
+
         def build():
-            loader = super(DistillTrainer, cls).build_train_loader(cfg)
+            loader = build_detection_train_loader(cfg, mapper=mapper)
             shield_workers(loader)
             pass_over_unreadable(loader, cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
             return loader
@@ -171,9 +193,9 @@ class DistillTrainer(DefaultTrainer):
                 return build()
             seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
             return ResumableLoader(build, seed)
-        except AssertionError as error:  # Detectron2's way to say that a dataset is empty
+        except AssertionError as error:
             raise ValueError(
-                f"DATASETS.TRAIN = {list(cfg.DATASETS.TRAIN)} gives no image to train on: {error}"
+                f"DATASETS.TRAIN = {list(cfg.DATASETS.TRAIN)}{_complaint(error)}"
             ) from error
 
     @classmethod
@@ -182,10 +204,8 @@ class DistillTrainer(DefaultTrainer):
         mapper = BlankIfUnreadable(mapper, cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
         try:
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        except AssertionError as error:  # the same way to say it as in training
-            raise ValueError(
-                f"DATASETS.TEST: '{dataset_name}' has no images to evaluate on: {error}"
-            ) from error
+        except AssertionError as error:
+            raise ValueError(f"DATASETS.TEST: '{dataset_name}'{_complaint(error)}") from error
         shield_workers(loader)
         return loader
 
@@ -214,13 +234,19 @@ class DistillTrainer(DefaultTrainer):
             elif self.checkpointer.has_checkpoint():
                 logger.warning(HOLDS_A_RUN.format(self.cfg.OUTPUT_DIR))
             return
-        if self.cfg.DATALOADER.EXACT_RESUME:
+        if self._is_exact():
             self.data_loader.start_at(self.start_iter, self.run_state.seed)
         if self.run_state.goes_on:
             how = "Data and random numbers go on as if the run had not been interrupted."
         else:
-            how = "The order of the data starts anew: DATALOADER.EXACT_RESUME is or was False."
+            how = "The order of the data starts anew: DATALOADER.EXACT_RESUME is or was off."
         logger.info(f"Resumed at iteration {self.start_iter}. {how}")
+
+
+def _complaint(error: AssertionError) -> str:
+    """What Detectron2 asserts of a dataset, as the end of a sentence about it."""
+    empty = "is empty" in str(error) or "No valid data" in str(error)
+    return f" has no image to read: {error}" if empty else f": {error}"
 
 
 @contextmanager

@@ -117,7 +117,13 @@ def teacher_config(
             f"{os.getcwd()}) nor a model-zoo name such as "
             "'COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml'."
         )
-    cfg = load_config(path, opts, like)
+    if path.endswith(".py"):
+        raise ValueError(
+            f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE is {config_file!r}, a LazyConfig; a teacher in a "
+            "YAML configuration needs a YAML file. With LazyConfig, give the Distiller a Teacher "
+            "of the model that you built (configs/lazy/)."
+        )
+    cfg = load_config(path, opts, like, opts_of="MODEL.GLOBALKD.TEACHER.OPTS")
     cfg.MODEL.GLOBALKD.ENABLED = False
     return cfg
 
@@ -160,7 +166,8 @@ def load_teacher_weights(
     require_weights(
         "MODEL.GLOBALKD.TEACHER.WEIGHTS",
         weights,
-        " Train the teacher first, or name a checkpoint.",
+        " Train the teacher first, or name a checkpoint; only to evaluate, set "
+        "MODEL.GLOBALKD.ENABLED False.",
     )
     checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
     checkpointer.load(weights)

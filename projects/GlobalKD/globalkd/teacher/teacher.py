@@ -69,6 +69,11 @@ class Teacher:
         Raises:
             ValueError: a setting that is not among these.
         """
+        if not (hasattr(model, "preprocess_image") and hasattr(model, "backbone")):
+            raise ValueError(
+                f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE is of a {type(model).__name__}, which has no "
+                "backbone and preprocess_image: a teacher must be a detector."
+            )
         require("TEACHER.PRECISION", precision, precision in PRECISIONS, list(PRECISIONS))
         require("TEACHER.INPUT_SCALE", input_scale, 0 < input_scale < float("inf"), "positive")
         self.model = model.eval().requires_grad_(False)
@@ -91,6 +96,11 @@ class Teacher:
     @property
     def num_classes(self) -> int:
         heads = getattr(self.model, "roi_heads", self.model)
+        if not hasattr(heads, "num_classes"):
+            raise ValueError(
+                f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE is of a {type(self.model).__name__}, which "
+                "scores no classes of objects: losses that compare them need another teacher."
+            )
         return heads.num_classes
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
