@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 from globalkd import register_datasets
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.data.config_checks import check_data
-from globalkd.engine.launching import launch
+from globalkd.engine.launching import held_messages, launch
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import ReportingCheckpointer
@@ -36,13 +36,16 @@ EVALUATED, NEXT = "config_eval.yaml", "config_next.yaml"
 
 def setup(args):
     """Read the configuration and prepare logging, devices and datasets."""
-    cfg = load_config(args.config_file, args.opts)
-    fall_back_to_cpu(cfg)
+    with held_messages() as early:
+        cfg = load_config(args.config_file, args.opts)
+        fall_back_to_cpu(cfg)
     cfg.freeze()
     other = EVALUATED if args.eval_only else NEXT
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), other):
         default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="globalkd")
+    for record in early:
+        logger.handle(record)
     register_datasets(cfg, names=cfg.DATASETS.TEST if args.eval_only else None)
     return cfg
 
@@ -112,7 +115,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:  # here once, where a mistake needs no traceback of a process
         import_modules(args.imports)
-        load_config(args.config_file, args.opts)
+        with held_messages():
+            load_config(args.config_file, args.opts)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     launch(main, args, timeout_minutes=args.timeout)

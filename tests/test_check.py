@@ -93,6 +93,14 @@ def test_data_that_cannot_be_trained_on_are_problems(tiny_cfg, checked, scenes, 
     assert "dropped 1 boxes" in warnings
 
 
+@pytest.mark.faults
+def test_a_test_set_that_is_not_there_hides_nothing_of_the_training(tiny_cfg, checked):
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.PROTOTYPES.MIN_BOX_SIZE", 100.0)
+    cfg.DATASETS.TEST = ("never_registered",)
+    problems = "\n".join(checked(cfg)[0].problems)
+    assert "never_registered" in problems and "MIN_BOX_SIZE = 100 pixels" in problems
+
+
 def add_test_set(cfg, scenes, path, change):
     """Let DATASETS.TEST be a changed copy of the validation scenes."""
     content = json.loads((scenes / "val.json").read_text())

@@ -3,17 +3,26 @@
 import copy
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KINDS, make_batch
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling.proposal_generator.rrpn import RRPN
 from detectron2.structures import Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from globalkd.losses import DISTILL_LOSS_REGISTRY, DistillContext, FeatureKnowledge, Positives
-from globalkd.pairing import inherit_heads
+from globalkd.losses import (
+    DISTILL_LOSS_REGISTRY,
+    DistillContext,
+    DistillLoss,
+    FeatureKnowledge,
+    Positives,
+)
+from globalkd.meta_arch import DistillGeneralizedRCNN
+from globalkd.pairing import check_pair, inherit_heads
 
 STOCK = {"DistillGeneralizedRCNN": "GeneralizedRCNN", "DistillRetinaNet": "RetinaNet"}
 TERMS = {"loss_kd_global", "loss_kd_feature", "loss_kd_response"}
@@ -467,3 +476,123 @@ def test_two_losses_with_one_term_are_named_at_the_start(tiny_cfg, monkeypatch):
     message = "FeatureKnowledge and Again both return 'loss_kd_feature'"
     with pytest.raises(ValueError, match=message):
         build(tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["FeatureKnowledge", "Again"]))
+
+
+@both
+def test_a_compiled_student_makes_its_prototypes(kind, tiny_cfg, batch):
+    model = build(tiny_cfg(kind))
+    plain = step(copy.deepcopy(model), batch)
+    compiled = step(torch.compile(model, backend="eager"), batch)
+    for name in TERMS:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_end_of_the_decay_is_said_once(tiny_cfg, batch, caplog):
+    opts = ["MODEL.GLOBALKD.LOSSES", ["FeatureKnowledge"], "SOLVER.MAX_ITER", 2]
+    model = build(tiny_cfg("rcnn", *opts, "MODEL.GLOBALKD.RELIABILITY.TYPE", "none"))
+    with caplog.at_level("WARNING", logger="globalkd"):
+        values = [float(step(model, batch, i)["loss_kd_feature"]) for i in range(4)]
+    assert [value > 0 for value in values] == [True, True, False, False]
+    assert caplog.text.count("past SOLVER.MAX_ITER (2)") == 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (torch.ones(()), r"must return a dict .*\['loss_kd_own'\]; it returned Tensor"),
+        ({}, r"must return a dict .*\['loss_kd_own'\]; it returned \[\]"),
+        ({"loss_kd_other": torch.ones(())}, r"must .* it returned \['loss_kd_other'\]"),
+        ({"loss_kd_own": torch.ones(2)}, r"must return scalar tensors; \['loss_kd_own'\]"),
+    ],
+)
+def test_a_loss_of_ones_own_that_returns_something_else_is_named(
+    returned, message, tiny_cfg, batch, monkeypatch
+):
+    model = build(own_loss("loss_kd_own", returned, tiny_cfg, monkeypatch))
+    with pytest.raises(ValueError, match=f"Own.forward {message}"):
+        step(model, batch)
+
+
+@pytest.mark.faults
+def test_a_term_with_the_name_of_a_detection_loss_is_refused(tiny_cfg, batch, monkeypatch):
+    returned = {"loss_cls": torch.ones(())}
+    model = build(own_loss("loss_cls", returned, tiny_cfg, monkeypatch))
+    with pytest.raises(ValueError, match=r"Own returns \['loss_cls'\]"):
+        step(model, batch)
+
+
+def own_loss(term, returned, tiny_cfg, monkeypatch):
+    class Own(DistillLoss):
+        @classmethod
+        def from_config(cls, cfg):
+            return {}
+
+        def __init__(self, cfg):
+            super().__init__({term: 1.0})
+
+        def forward(self, context):
+            return returned
+
+    monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "Own", Own)
+    return tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["Own"])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("wrong", [torch.nn.Linear, lambda cfg: None], ids=["module", "function"])
+def test_what_is_registered_and_no_loss_is_named(wrong, tiny_cfg, monkeypatch):
+    monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "Wrong", wrong)
+    with pytest.raises(ValueError, match="'Wrong', which is no DistillLoss with a `from_config`"):
+        build(tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["Wrong"]))
+
+
+@pytest.mark.faults
+def test_roi_heads_that_sample_otherwise_are_named(tiny_cfg, batch):
+    model = build(tiny_cfg("rcnn"))
+    heads = model.roi_heads
+    sample = heads.label_and_sample_proposals
+    forward = type(heads).forward
+
+    class OtherHeads(type(heads)):
+        def forward(self, images, features, proposals, targets=None):
+            with mock.patch.object(self, "label_and_sample_proposals", sample):
+                return forward(self, images, features, proposals, targets)
+
+    heads.__class__ = OtherHeads
+    with pytest.raises(ValueError, match="OtherHeads cannot be distilled.*label_and_sample_prop"):
+        step(model, batch)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind, loss", [("rcnn", "GID"), ("retinanet", "ResponseKnowledge")])
+def test_what_compares_anchors_refuses_other_padding(kind, loss, tiny_cfg):
+    model = build(tiny_cfg(kind, "MODEL.GLOBALKD.LOSSES", [loss]))
+    model.backbone._square_pad = 128
+    losses = {loss: model.distiller.losses[loss]}
+    with pytest.raises(ValueError, match=rf"\['{loss}'\].*squares of 128 and 0"):
+        check_pair(model, model.distiller.teacher, losses, levels=["p3"], num_classes=10)
+
+
+@pytest.mark.faults
+def test_rotated_boxes_are_refused(tiny_cfg):
+    model = build(tiny_cfg("rcnn"))
+    model.proposal_generator.__class__ = RRPN
+    with pytest.raises(ValueError, match="The student detects rotated boxes"):
+        check_pair(model, model.distiller.teacher, {}, levels=["p3"], num_classes=10)
+
+
+def test_a_foreign_architecture_may_take_more_than_the_batch(tiny_cfg, batch):
+    class Branched(GeneralizedRCNN):
+        def forward(self, batched_inputs, branch):
+            assert branch == "supervised"
+            return super().forward(batched_inputs)
+
+    class DistillBranched(DistillGeneralizedRCNN, Branched):
+        pass
+
+    model = build(tiny_cfg("rcnn"))
+    model.__class__ = DistillBranched
+    with EventStorage():
+        assert set(model(copy.deepcopy(batch), branch="supervised")) >= TERMS
+    model.eval()
+    assert len(model(copy.deepcopy(batch), branch="supervised")) == len(batch)

@@ -474,3 +474,35 @@ def test_weights_of_a_deeper_backbone_are_refused(tmp_path):
         build_teacher(QUICK, path, SMALL)
     build_teacher(QUICK, path, SMALL, allow_random_weights=True)
     build_teacher(QUICK, path, deep)
+
+
+@pytest.mark.faults
+def test_what_is_no_detector_is_no_teacher(rcnn):
+    with pytest.raises(ValueError, match="of a Linear, which has no backbone"):
+        Teacher(nn.Linear(2, 2), input_format="BGR")
+    segmentor = copy.copy(rcnn.model)
+    segmentor._modules = {k: v for k, v in segmentor._modules.items() if k != "roi_heads"}
+    teacher = Teacher(segmentor, input_format="BGR")
+    with pytest.raises(ValueError, match="of a GeneralizedRCNN, which scores no classes"):
+        _ = teacher.num_classes
+
+
+@pytest.mark.faults
+def test_a_lazyconfig_teacher_is_told_to_be_one():
+    name = "new_baselines/mask_rcnn_R_101_FPN_100ep_LSJ.py"
+    with pytest.raises(ValueError, match="LSJ.py', a LazyConfig; .* needs a YAML file"):
+        teacher_config(name)
+
+
+@pytest.mark.faults
+def test_a_mistake_in_the_teachers_options_names_them():
+    with pytest.raises(ValueError, match="TEACHER.OPTS: there is no key MODEL.FPN.OUT_CHANNEL"):
+        teacher_config(QUICK, ["MODEL.FPN.OUT_CHANNEL", 3])
+
+
+@pytest.mark.faults
+def test_only_rgb_and_bgr_are_turned_into_each_other(tiny_cfg):
+    cfg = tiny_cfg("rcnn")
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = [*cfg.MODEL.GLOBALKD.TEACHER.OPTS, "INPUT.FORMAT", "GBR"]
+    with pytest.raises(ValueError, match="FORMAT is 'BGR' and the teacher's 'GBR'"):
+        build_model(cfg)

@@ -7,13 +7,22 @@ from functools import partial
 
 import pytest
 from conftest import NARROW
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine.hooks import BestCheckpointer
+from detectron2.utils import comm
 
-from globalkd.config_reading import fall_back_to_cpu
+from globalkd.config_reading import check_config, fall_back_to_cpu
 from globalkd.data import register_datasets
+from globalkd.data.resumable_loader import ResumableLoader
+from globalkd.engine import trainer as trainer_module
 from globalkd.engine.checkpoint import AtomicCheckpointer
+from globalkd.engine.launching import held_messages
 from globalkd.engine.trainer import (
     DistillTrainer,
     check_classes,
@@ -23,6 +32,7 @@ from globalkd.engine.trainer import (
 
 pytestmark = pytest.mark.usefixtures("catalogs")
 DIGITS = [str(i) for i in range(10)]
+RANDOM_TEACHER = ["MODEL.GLOBALKD.TEACHER.ALLOW_RANDOM_WEIGHTS", True]
 
 
 @pytest.fixture
@@ -279,3 +289,78 @@ def test_data_that_nothing_here_evaluates_is_told_before_the_training(cfg, monke
         DistillTrainer(cfg)
     OwnEvaluator(cfg)
     OwnTest(cfg)
+
+
+class OwnLoader(DistillTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg)
+
+
+class OwnMapper(DistillTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return super().build_train_loader(cfg, mapper=MarkingMapper(cfg))
+
+
+class MarkingMapper(DatasetMapper):
+    def __init__(self, cfg):
+        super().__init__(**DatasetMapper.from_config(cfg, True))
+
+    def __call__(self, dataset_dict):
+        return {**super().__call__(dataset_dict), "marked": True}
+
+
+@pytest.mark.parametrize("name", ["rcnn", "resumed"])
+def test_a_subclass_may_have_its_own_training_loader(name, tiny_cfg, caplog):
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, *RANDOM_TEACHER)
+    register_datasets(cfg)
+    with caplog.at_level(logging.WARNING, logger="globalkd"):
+        OwnLoader(cfg).train()
+    assert "EXACT_RESUME has no effect: OwnLoader has a training loader of its own" in caplog.text
+    if name == "resumed":
+        cfg.SOLVER.MAX_ITER = 2
+        trainer = OwnLoader(cfg)
+        trainer.resume_or_load(resume=True)
+        assert trainer.start_iter == 1
+        trainer.train()
+
+
+def test_a_mapper_of_a_subclass_keeps_the_exact_resume(tiny_cfg, caplog):
+    cfg = tiny_cfg("rcnn", "DATALOADER.NUM_WORKERS", 0, *RANDOM_TEACHER)
+    register_datasets(cfg)
+    with caplog.at_level(logging.WARNING, logger="globalkd"):
+        trainer = OwnMapper(cfg)
+    assert "EXACT_RESUME" not in caplog.text
+    assert isinstance(trainer.data_loader, ResumableLoader)
+    assert all(x["marked"] for x in next(iter(trainer.data_loader)))
+
+
+@pytest.mark.faults
+def test_what_the_training_loader_asserts_is_told_as_it_is(cfg, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("Got an invalid category_id=10 for a dataset of 10 classes")
+
+    monkeypatch.setattr(trainer_module, "build_detection_train_loader", refuse)
+    with pytest.raises(ValueError, match=r"DATASETS.TRAIN = \['tiny_.*'\]: Got an invalid"):
+        DistillTrainer.build_train_loader(cfg)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 4; it must be a multiple of .* 3"):
+        DistillTrainer.build_train_loader(cfg)
+
+
+@pytest.mark.faults
+def test_what_is_no_device_is_named(cfg):
+    cfg.MODEL.DEVICE = "gpu"
+    with pytest.raises(ValueError, match="MODEL.DEVICE is 'gpu'.*'cuda'"):
+        check_config(cfg)
+
+
+def test_messages_before_a_runs_log_are_held(caplog):
+    project = logging.getLogger("globalkd")
+    with held_messages() as early:
+        logging.getLogger("globalkd.config_reading").warning("early")
+    assert [x.getMessage() for x in early] == ["early"] and "early" not in caplog.text
+    project.warning("late")
+    assert "late" in caplog.text and len(early) == 1

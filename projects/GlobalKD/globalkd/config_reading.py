@@ -215,6 +215,13 @@ def check_config(cfg: CfgNode) -> None:
         for number in values:
             if isinstance(number, (int, float)) and key != "MODEL.GLOBALKD.TEACHER.OPTS":
                 _check_number(key, value, number)
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; it must be a device of PyTorch, such as "
+            "'cuda', 'cuda:1' or 'cpu'."
+        ) from error
     node = cfg.MODEL.GLOBALKD
     if 0 < node.STOP_ITER < node.WARMUP_ITERS:
         raise ValueError(

@@ -84,10 +84,11 @@ class Distiller(nn.Module):
             ("NON_FINITE_LOSS", non_finite_loss, ("raise", "skip")),
         ):
             require(key, value, value in allowed, allowed)
-        if input_format != teacher.input_format and {input_format, teacher.input_format} != _FLIPPED:
+        formats = {input_format, teacher.input_format}
+        if len(formats) > 1 and formats != _FLIPPED:
             raise ValueError(
-                f"INPUT.FORMAT is {input_format!r} and the teacher's {teacher.input_format!r}: only "
-                "RGB and BGR are turned into each other."
+                f"INPUT.FORMAT is {input_format!r} and the teacher's {teacher.input_format!r}: "
+                "only RGB and BGR are turned into each other."
             )
         require("WEIGHT", weight, 0 < weight < math.inf, "a finite number above 0")
         active = [loss for loss in losses if loss.weights]
@@ -245,7 +246,7 @@ class Distiller(nn.Module):
         self._begun = True
         if iteration == self.schedule["max_iter"] > 0 and self.factor(iteration) == 0:
             logger.warning(
-                f"Training goes on past SOLVER.MAX_ITER ({iteration}), where MODEL.GLOBALKD.DECAY = "
+                f"Training goes on past SOLVER.MAX_ITER ({iteration}), where MODEL.GLOBALKD.DECAY "
                 f"{self.schedule['decay']!r} ends: distillation losses are 0 from here on."
             )
         if self.bank is None or self.factor(iteration) == 0:
@@ -430,7 +431,9 @@ def build_loss(cfg, name: str) -> DistillLoss:
             "needs its module to be imported: --import my_project.my_loss."
         )
     loss = DISTILL_LOSS_REGISTRY.get(name)
-    if not (isinstance(loss, type) and issubclass(loss, DistillLoss) and hasattr(loss, "from_config")):
+    if not (
+        isinstance(loss, type) and issubclass(loss, DistillLoss) and hasattr(loss, "from_config")
+    ):
         raise ValueError(
             f"MODEL.GLOBALKD.LOSSES names {name!r}, which is no DistillLoss with a `from_config` "
             "and a `@configurable` constructor (docs/own_loss.md)."

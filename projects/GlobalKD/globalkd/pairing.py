@@ -7,6 +7,7 @@ import logging
 from typing import List, Mapping, Sequence, Tuple
 
 import torch
+from detectron2.modeling.proposal_generator.rrpn import RRPN
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import nn
 
@@ -38,6 +39,12 @@ def check_pair(
     def asking(*demands: str) -> List[str]:
         return [n for n, loss in losses.items() if any(getattr(loss, d) for d in demands)]
 
+    for who, model in (("student", student), ("teacher", teacher.model)):
+        if isinstance(getattr(model, "proposal_generator", None), RRPN):
+            raise ValueError(
+                f"The {who} detects rotated boxes (MODEL.PROPOSAL_GENERATOR.NAME RRPN): such "
+                "detectors cannot be distilled here."
+            )
     for stages, kind in (("one", "dense"), ("two", "box")):
         defined = [n for n, loss in losses.items() if loss.stages == stages]
         if defined and _head_kind(student) != kind:
@@ -57,6 +64,8 @@ def check_pair(
             f"{teacher.input_scale:g} the teacher's anchors are others. Set it to 1, or take the "
             "losses out of MODEL.GLOBALKD.LOSSES."
         )
+    if by_anchor:
+        _check_padding(student, teacher.model, by_anchor)
     if comparing:
         check_comparable(student, teacher, comparing, num_classes=num_classes)
     if asking("needs_dense"):
@@ -97,6 +106,24 @@ def check_comparable(
             f"{losses} compare class predictions by a softmax over classes and background, but a "
             "box head here is trained with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, where nobody reads "
             "the background's score. Take them out of MODEL.GLOBALKD.LOSSES."
+        )
+
+
+def _padding(model: nn.Module) -> Tuple[int, int]:
+    """What a detector pads its images to: a multiple, and the side of a square; 0 for none."""
+    limits = model.backbone.padding_constraints
+    multiple = limits.get("size_divisibility", model.backbone.size_divisibility)
+    return multiple, limits.get("square_size", 0)
+
+
+def _check_padding(student: nn.Module, teacher: nn.Module, losses: Sequence[str]) -> None:
+    ours, theirs = _padding(student), _padding(teacher)
+    if ours != theirs:
+        raise ValueError(
+            f"{losses} compare anchor by anchor, but the detectors pad images to other sizes: to "
+            f"multiples of {ours[0]} (student) and {theirs[0]} (teacher), to squares of {ours[1]} "
+            f"and {theirs[1]} (the backbone's square_pad; 0 for none). Give both the same, or take "
+            "the losses out of MODEL.GLOBALKD.LOSSES."
         )
 
 

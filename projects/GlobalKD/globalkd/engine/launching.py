@@ -11,7 +11,7 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Callable, Iterator
+from typing import Callable, Iterator, List
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,21 @@ def launch(main: Callable, args, *, timeout_minutes: float = 30) -> None:
             if code in [128 + number for number in STOP_SIGNALS]:
                 sys.exit(code)
             raise
+
+
+@contextmanager
+def held_messages() -> Iterator[List[logging.LogRecord]]:
+    """Keep what this project logs meanwhile, before a run's log is there, in the yielded list."""
+    project, records = logging.getLogger("globalkd"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    propagate, project.propagate = project.propagate, False
+    project.addHandler(handler)
+    try:
+        yield records
+    finally:
+        project.removeHandler(handler)
+        project.propagate = propagate
 
 
 @contextmanager

@@ -195,7 +195,8 @@ class DistillTrainer(DefaultTrainer):
             return ResumableLoader(build, seed)
         except AssertionError as error:
             raise ValueError(
-                f"DATASETS.TRAIN = {list(cfg.DATASETS.TRAIN)}{_complaint(error)}"
+                f"DATASETS.TRAIN = {list(cfg.DATASETS.TRAIN)}"
+                f"{' gives no image to train on' * _is_of_nothing(error)}: {error}"
             ) from error
 
     @classmethod
@@ -205,7 +206,10 @@ class DistillTrainer(DefaultTrainer):
         try:
             loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         except AssertionError as error:
-            raise ValueError(f"DATASETS.TEST: '{dataset_name}'{_complaint(error)}") from error
+            raise ValueError(
+                f"DATASETS.TEST: '{dataset_name}'"
+                f"{' has no images to evaluate on' * _is_of_nothing(error)}: {error}"
+            ) from error
         shield_workers(loader)
         return loader
 
@@ -243,10 +247,9 @@ class DistillTrainer(DefaultTrainer):
         logger.info(f"Resumed at iteration {self.start_iter}. {how}")
 
 
-def _complaint(error: AssertionError) -> str:
-    """What Detectron2 asserts of a dataset, as the end of a sentence about it."""
-    empty = "is empty" in str(error) or "No valid data" in str(error)
-    return f" has no image to read: {error}" if empty else f": {error}"
+def _is_of_nothing(error: AssertionError) -> bool:
+    """Whether what Detectron2 asserts is that a dataset is not empty."""
+    return "is empty" in str(error) or "No valid data" in str(error)
 
 
 @contextmanager

@@ -117,8 +117,9 @@ class PrototypeRefresher:
         if len(table.boxes) == 0:
             raise ValueError(
                 f"No box of {list(self.source.datasets)} (DATASETS.TRAIN) can become a prototype: "
-                f"none is at least MODEL.GLOBALKD.PROTOTYPES.MIN_BOX_SIZE = "
-                f"{self.source.min_box_size:g} pixels a side."
+                f"of {len(usable_boxes(dicts, 0.0).boxes)} boxes none is at least "
+                f"MODEL.GLOBALKD.PROTOTYPES.MIN_BOX_SIZE = {self.source.min_box_size:g} pixels a "
+                "side."
             )
         images = choose_images(
             table,

@@ -92,10 +92,16 @@ def _count(label_ids: np.ndarray, labels: List[str]) -> Dict[str, int]:
 
 
 def check_datasets(cfg: CfgNode, report: CheckReport, num_gpus: int) -> bool:
-    """Read the annotations of all datasets; whether they can be trained and evaluated on."""
+    """Read the annotations of all datasets; whether they can be trained on.
+
+    Test sets that cannot be read are taken out of `cfg`: the rest of the check does without them.
+    """
+    if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
+        report.problem("Datasets: DATASETS.TRAIN and DATASETS.TEST must each name a dataset.")
     summaries = _summarize_each(cfg, report)
     names = {s.name for s in summaries}
-    usable = names >= {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    usable = bool(cfg.DATASETS.TRAIN) and names >= {*cfg.DATASETS.TRAIN}
+    cfg.DATASETS.TEST = tuple(name for name in cfg.DATASETS.TEST if name in names)
     for check in (check_classes, check_num_classes):
         fits = False
         with report.part("Datasets"):
@@ -115,9 +121,6 @@ def check_datasets(cfg: CfgNode, report: CheckReport, num_gpus: int) -> bool:
         if images == 0:
             report.problem("Datasets: no image of DATASETS.TRAIN has a box.")
             usable = False
-    if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
-        report.problem("Datasets: DATASETS.TRAIN and DATASETS.TEST must each name a dataset.")
-        return False
     return usable
 
 

@@ -114,7 +114,9 @@ def time_steps(trainers: Dict[str, DistillTrainer], steps: int) -> Dict[str, flo
 
 
 def time_inference(model: nn.Module, cfg: CfgNode, images: int) -> float:
-    """Seconds that the detector takes for one test image, without its reading."""
+    """Seconds that the detector takes for one test image, without its reading; 0 without a set."""
+    if not cfg.DATASETS.TEST:
+        return 0.0
     loader = build_detection_test_loader(cfg, first_images(cfg.DATASETS.TEST[0], images))
     model.eval()
     with torch.no_grad():
