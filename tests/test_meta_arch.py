@@ -542,7 +542,7 @@ def own_loss(term, returned, tiny_cfg, monkeypatch):
 @pytest.mark.parametrize("wrong", [torch.nn.Linear, lambda cfg: None], ids=["module", "function"])
 def test_what_is_registered_and_no_loss_is_named(wrong, tiny_cfg, monkeypatch):
     monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "Wrong", wrong)
-    with pytest.raises(ValueError, match="'Wrong', which is no DistillLoss with a `from_config`"):
+    with pytest.raises(ValueError, match="'Wrong', which is no DistillLoss"):
         build(tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["Wrong"]))
 
 

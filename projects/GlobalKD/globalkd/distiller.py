@@ -431,11 +431,8 @@ def build_loss(cfg, name: str) -> DistillLoss:
             "needs its module to be imported: --import my_project.my_loss."
         )
     loss = DISTILL_LOSS_REGISTRY.get(name)
-    if not (
-        isinstance(loss, type) and issubclass(loss, DistillLoss) and hasattr(loss, "from_config")
-    ):
+    if not (isinstance(loss, type) and issubclass(loss, DistillLoss)):
         raise ValueError(
-            f"MODEL.GLOBALKD.LOSSES names {name!r}, which is no DistillLoss with a `from_config` "
-            "and a `@configurable` constructor (docs/own_loss.md)."
+            f"MODEL.GLOBALKD.LOSSES names {name!r}, which is no DistillLoss (docs/own_loss.md)."
         )
     return loss(cfg)

@@ -61,13 +61,12 @@ def held_messages() -> Iterator[List[logging.LogRecord]]:
     project, records = logging.getLogger("globalkd"), []
     handler = logging.Handler()
     handler.emit = records.append
-    propagate, project.propagate = project.propagate, False
-    project.addHandler(handler)
+    before = project.propagate, project.handlers
+    project.propagate, project.handlers = False, [handler]
     try:
         yield records
     finally:
-        project.removeHandler(handler)
-        project.propagate = propagate
+        project.propagate, project.handlers = before
 
 
 @contextmanager
