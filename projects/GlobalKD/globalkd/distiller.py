@@ -430,9 +430,10 @@ def build_loss(cfg, name: str) -> DistillLoss:
             f"MODEL.GLOBALKD.LOSSES names {name!r}; registered are {known}. A loss of your own "
             "needs its module to be imported: --import my_project.my_loss."
         )
-    loss = DISTILL_LOSS_REGISTRY.get(name)
-    if not (isinstance(loss, type) and issubclass(loss, DistillLoss)):
+    loss = DISTILL_LOSS_REGISTRY.get(name)(cfg)
+    if not isinstance(loss, DistillLoss):
         raise ValueError(
-            f"MODEL.GLOBALKD.LOSSES names {name!r}, which is no DistillLoss (docs/own_loss.md)."
+            f"MODEL.GLOBALKD.LOSSES names {name!r}, which gives a {type(loss).__name__} and no "
+            "DistillLoss (docs/own_loss.md)."
         )
-    return loss(cfg)
+    return loss
