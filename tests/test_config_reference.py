@@ -5,12 +5,14 @@ import importlib.util
 import subprocess
 import sys
 from functools import cache
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
 
 from globalkd.config import add_globalkd_config
+from globalkd.losses import DISTILL_LOSS_REGISTRY
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "config_reference.py"
@@ -150,3 +152,17 @@ def test_no_key_that_nothing_reads(key):
     assert any(reads(chains, tuple(key.split("."))) for chains in chains_by_file()), (
         f"nothing below {CONFIG.parent.name}/ reads {key}: read it or remove it from config.py"
     )
+
+
+@pytest.mark.parametrize("name, cls", list(DISTILL_LOSS_REGISTRY), ids=lambda x: x)
+def test_a_loss_built_by_hand_has_the_defaults_of_the_config(name, cls):
+    if not cls.__module__.startswith("globalkd."):
+        pytest.skip("a loss of another test")
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    parameters = signature(cls.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    configured = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in cls.from_config(cfg).items()
+    }
+    assert configured == defaults

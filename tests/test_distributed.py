@@ -55,12 +55,15 @@ def _one_step(rank, path, counts):
     }
 
 
-def _bank_of_one_process(path):
+def _bank_of_one_process(path, *, save=None):
     torch.manual_seed(0)
     model = build_model(read(path)).train()
     with EventStorage():
         model(make_batch([3, 2]))
-    return model.distiller.bank.state_dict()
+    bank = model.distiller.bank
+    if save:
+        bank.save(str(save), model.distiller.refresher.fingerprint, torch.ones(bank.num_classes))
+    return bank.state_dict()
 
 
 @pytest.mark.parametrize("kind", ["rcnn", "retinanet"])
@@ -208,6 +211,29 @@ def test_a_failure_on_one_process_ends_the_others_with_its_reason(function, tiny
     errors = run_in_processes(_fail, tmp_path, path, function)
     assert errors[1] == "ValueError: broken on purpose"
     assert "failed on process 1 of 2: ValueError: broken on purpose" in errors[0]
+
+
+def _step_from_file(rank, path, files):
+    """One step with the prototypes of a file, which each process may have elsewhere."""
+    own = path.with_name(f"config{rank}.yaml")
+    cfg = read(path)
+    cfg.MODEL.GLOBALKD.PROTOTYPES.FILE = str(files[rank])
+    own.write_text(cfg.dump())
+    try:
+        return _one_step(rank, own, ([1], [1]))["bank"]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_the_main_process_reads_prototypes_for_all(tiny_cfg, tmp_path):
+    path, file, missing = (tmp_path / n for n in ("config.yaml", "p.safetensors", "missing"))
+    path.write_text(tiny_cfg("rcnn").dump())
+    saved = _bank_of_one_process(path, save=file)
+    for bank in run_in_processes(_step_from_file, tmp_path, path, (file, missing)):
+        assert all(torch.equal(saved[name], value) for name, value in bank.items())
+    errors = run_in_processes(_step_from_file, tmp_path, path, (missing, file))
+    assert errors[0].startswith("FileNotFoundError")
+    assert "PROTOTYPES.FILE failed on process 0 of 2: FileNotFoundError" in errors[1]
 
 
 def _free_port():

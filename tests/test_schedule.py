@@ -19,11 +19,17 @@ def test_decay_falls_from_one_towards_zero(decay):
     course = factors(decay=decay)
     assert course[0] == 1.0 and course[-1] < 0.011
     assert all(a > b for a, b in zip(course, course[1:]))
+    assert course[25] == pytest.approx({"linear": 0.75, "cosine": 0.5 + 0.5**1.5}[decay])
 
 
-def test_warmup_rises_and_is_never_zero():
-    course = factors(warmup_iters=10)
-    assert 0 < course[0] < course[5] < course[10] == 1.0
+def test_warmup_rises_in_a_line_and_is_never_zero():
+    course = factors(warmup_iters=9)
+    assert course[:11] == pytest.approx([0.1 * i for i in range(1, 11)] + [1.0])
+
+
+def test_warmup_multiplies_the_decay():
+    course = factors(warmup_iters=9, decay="linear")
+    assert course[4] == pytest.approx(0.5 * 0.96) and course[50] == 0.5
 
 
 def test_after_the_stop_the_factor_is_zero():

@@ -1,6 +1,6 @@
 """A long training keeps nothing: memory, hooks, files, processes and events stay as they are.
 
-A hundred steps by default. The long run that docs/reliability.md reports:
+A hundred steps by default. The long run that docs/robustness.md reports:
 
     GLOBALKD_SOAK_STEPS=2000 python -m pytest tests/test_soak.py -s
 """

@@ -4,6 +4,7 @@ import copy
 import logging
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import cv2
@@ -11,11 +12,12 @@ import pytest
 import torch
 from conftest import KINDS, ROOT, scene_datasets
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.engine import DefaultPredictor, defaults
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from globalkd import Distiller, add_globalkd_config
 from globalkd.analysis.export import export_student, stock_config
 from globalkd.analysis.runs import is_distilled, load_run, read_config, read_metrics
 from globalkd.data import register_datasets
@@ -238,6 +240,30 @@ def test_lazy_configs_build_and_train_a_step(name, scenes, tiny_cfg, batch):
         losses = model(batch)
     assert losses["loss_kd_global"] > 0
     sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("name", ["gkd_R101_R50", "gkd_retinanet_R101_R50"])
+def test_lazy_configs_distil_as_the_yaml_of_their_name(name):
+    cfg = get_cfg()
+    add_globalkd_config(cfg)
+    cfg.merge_from_file(str(ROOT / f"configs/{name}.yaml"))
+    cfg.MODEL.GLOBALKD.TEACHER.ALLOW_RANDOM_WEIGHTS = True
+    cfg.MODEL.DEVICE = "cpu"
+    expected = Distiller.from_config(cfg)
+    given = LazyConfig.load(str(ROOT / f"configs/lazy/{name}.py")).model.distiller
+    parameters = signature(Distiller.__init__).parameters.values()
+    settings = {**{p.name: p.default for p in parameters}, **given}
+    plain = [k for k, value in expected.items() if isinstance(value, (str, int, float))]
+    assert {k: settings[k] for k in plain} == {k: expected[k] for k in plain}
+
+    losses = [instantiate(loss) for loss in given.losses], expected["losses"]
+    ours, theirs = ([(type(x), x.weights, x.use_reliability) for x in each] for each in losses)
+    assert ours == theirs
+    ours, theirs = instantiate(given.refresher), expected["refresher"]
+    for part in ("generation", "images_per_batch", "refresh_epochs", "mode", "reservoir_size"):
+        assert getattr(ours, part) == getattr(theirs, part), part
+    for part in ("min_box_size", "max_images_per_class", "filter_empty", "seed"):
+        assert getattr(ours.source, part) == getattr(theirs.source, part), part
 
 
 @pytest.mark.parametrize("name", ["gkd_R101_R50", "gkd_retinanet_R101_R50"])

@@ -68,8 +68,8 @@ def _add_core_keys(cfg: CN) -> None:
     # teacher has too.
     node.IN_FEATURES = []
     # What counts as an instance in training: "positives" (the student's sampled positive
-    # proposals; RetinaNet: its positive anchors) or "ground_truth" (the annotated boxes). Class
-    # predictions are compared on the positives either way.
+    # proposals; RetinaNet: its positive anchors) or "ground_truth" (the annotated boxes). Where
+    # class predictions are compared is up to the loss: "ResponseKnowledge" has the positives.
     node.INSTANCES = "positives"
     # Sampling points per side of RoIAlign, averaged to one vector an instance and level.
     node.POOLER_RESOLUTION = 7
@@ -84,7 +84,7 @@ def _add_core_keys(cfg: CN) -> None:
     # Iteration from which on there is no distillation. 0: there always is.
     node.STOP_ITER = 0
     # Decay of the distillation weights towards 0 over SOLVER.MAX_ITER: "none" (the paper's text),
-    # "linear" (the authors' released code; better here as well, see docs/method.md) or "cosine".
+    # "linear" (the authors' released code; better here as well, see docs/globalkd.md) or "cosine".
     node.DECAY = "linear"
     # What a distillation loss that is infinite or NaN does: "raise" ends the run with the loss, the
     # iteration and the images; "skip" warns, and trains that step on the detection losses alone.
@@ -176,7 +176,7 @@ def _add_prototype_keys(node: CN) -> None:
     # Coefficients of an instance on the prototypes: "pursuit" (Eq. 5 on residuals, both spaces
     # coupled) or "cosine" (cosine with each prototype; what the released code computes).
     node.PROJECTION.TYPE = "cosine"
-    # lambda of Eq. 5 in the projection; a key of its own, see docs/method.md.
+    # lambda of Eq. 5 in the projection; a key of its own, see docs/globalkd.md.
     node.PROJECTION.LAMBDA = 10.0
 
     node.RELIABILITY = CN()
@@ -351,7 +351,7 @@ def _add_comparison_keys(node: CN) -> None:
     node.RANK_MIMICKING = CN()
     # Weight of the rank of an object's anchors (loss "RankMimicking"; RetinaNet only).
     node.RANK_MIMICKING.WEIGHT = 4.0
-    # Weight each anchor by its reliability.
+    # Weight each object by the mean reliability of its anchors.
     node.RANK_MIMICKING.USE_RELIABILITY = False
 
     node.PFI = CN()

@@ -132,4 +132,4 @@ class BoxAggregation(nn.Module):
     def forward(self, boxes: Tensor, mask: Tensor) -> Tensor:
         """(N, n, F), (N, n) -> (N, n, F), 0 in padding."""
         branch = self.out(self.relation(boxes, mask) @ self.value(boxes)) * mask[:, :, None]
-        return self.add(boxes, branch, mask.sum(dim=1, keepdim=True).clamp_min(1))
+        return self.add(boxes, branch, mask)

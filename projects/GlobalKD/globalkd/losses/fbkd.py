@@ -92,8 +92,8 @@ class FBKD(DistillLoss):
     averaged, summed over levels, by 4e-3 (both attentions) and 7e-5 (features, relations). Ours
     are root mean squares, mean over levels: the sum over P2 to P6 of the roots of their numbers of
     entries, for two images of 800 x 1344 and 256 channels, makes 2.8, 0.45, 0.8 and 0.8 of them.
-    (Their repository holds no code; these are of copies of it in others'. One-stage code: 2e-2 for
-    attentions, 4e-4 for the rest, T = 0.1; over P3 to P7: 7.1, 2.3, 2.3 and 2.3, as in
+    (Their repository holds no code; these are of copies of it in others'. One-stage code: six times
+    these weights, T = 0.1; over P3 to P7: 8.6, 2.7, 2.4 and 2.4, as in
     `configs/compare/fbkd_retinanet.yaml`. The paper gives T the other way round: 0.1 for two-stage
     and 0.5 for one-stage detectors.)
 
@@ -105,9 +105,10 @@ class FBKD(DistillLoss):
     against that.
 
     Note: the equations are the paper's. In that code the attentions matched are means of A and not
-    of |A|, a mask is the mean of both detectors' softmax, and features are under the spatial mask
-    alone. Here the masks come from the adapted student map, so that widths may differ. The blocks
-    of the authors pool keys and values, and normalise the batch; these do neither.
+    of |A|, a mask is the mean of both detectors' softmax, and two-stage features are under the
+    spatial mask alone. Here the masks come from the adapted student map, so that widths may
+    differ. The blocks of the authors pool keys and values, and normalise the batch; these do
+    neither.
     """
 
     @configurable

@@ -1,14 +1,14 @@
 """Pixel-wise relation of DRKD: both detectors' maps after global reasoning over their cells.
 
 Here: the graph-based reasoning unit and `loss_kd_pixel_relation`, the first term of "Dual Relation
-Knowledge Distillation for Object Detection" (Ni et al., IJCAI 2023); the unit is that of
+Knowledge Distillation for Object Detection" (Ni et al., IJCAI 2023); the unit is after
 "Graph-Based Global Reasoning Networks" (Chen et al., CVPR 2019). The relations between boxes are
 in `instance_relation`.
 
 Shapes: N images, H x W cells, D channels, M nodes, S channels of a node's state.
 """
 
-from typing import Dict, Sequence, Union
+from typing import Dict, Optional, Sequence
 
 import torch
 from detectron2.config import configurable
@@ -58,7 +58,7 @@ def reason_globally(
 
 
 def anchored_sum(
-    values: Tensor, branch: Tensor, share: Tensor, *, count: Union[int, Tensor]
+    values: Tensor, branch: Tensor, share: Tensor, mask: Optional[Tensor] = None
 ) -> Tensor:
     """Add a branch to values, scaled to `share` of their spread over an image's items.
 
@@ -69,13 +69,18 @@ def anchored_sum(
         values: (N, R, D) items (cells or boxes) of each image, 0 in padding.
         branch: (N, R, D), likewise.
         share: (D,) or scalar.
-        count: items of each image, one number or (N, 1), at least 1.
+        mask: (N, R) bool, true where an item is; None where there is no padding.
 
     Returns:
         (N, R, D). An image with one item has no spread: its values come back as they are.
     """
-    mean = values.sum(dim=1) / count
-    spread = (values.square().sum(dim=1) / count - mean.square()).clamp_min(0).mean(dim=1)
+    count = values.shape[1] if mask is None else mask.sum(dim=1).clamp_min(1)[:, None]
+    # Not the mean of squares less the square of the mean: where items lie close together, far from
+    # zero, rounding would be all that is left.
+    centred = values - (values.sum(dim=1) / count)[:, None]
+    if mask is not None:
+        centred = centred * mask[:, :, None]
+    spread = (centred.square().sum(dim=1) / count).mean(dim=1)
     power = (branch.square().sum(dim=1) / count).mean(dim=1)
     scale = ((spread + 1e-12) / (power + 1e-12)).sqrt()
     return values + share * scale[:, None, None] * branch
@@ -88,8 +93,8 @@ class AnchoredSum(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, values: Tensor, branch: Tensor, count: Union[int, Tensor]) -> Tensor:
-        return anchored_sum(values, branch, MAX_SHARE * self.gain.tanh(), count=count)
+    def forward(self, values: Tensor, branch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        return anchored_sum(values, branch, MAX_SHARE * self.gain.tanh(), mask)
 
 
 class GlobalReasoning(nn.Module):
@@ -127,7 +132,7 @@ class GlobalReasoning(nn.Module):
             update=self.update.weight,
             expand=self.expand.weight,
         )
-        return self.add(cells, branch, cells.shape[1]).mT.reshape(maps.shape)
+        return self.add(cells, branch).mT.reshape(maps.shape)
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -251,8 +251,14 @@ class PrototypeRefresher:
         return prototypes
 
     def load(self, bank: PrototypeBank) -> None:
-        """Fill the bank from `file`."""
-        bank.load(self.file, expect=self.fingerprint)
+        """Fill the bank of every process from `file`, which the main process alone reads."""
+
+        def read() -> None:
+            if comm.is_main_process():
+                bank.load(self.file, expect=self.fingerprint)
+
+        run_everywhere(read, "Reading PROTOTYPES.FILE")
+        bank.broadcast()
         logger.info(f"Prototypes loaded from {self.file}.")
 
 

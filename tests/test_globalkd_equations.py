@@ -1,0 +1,134 @@
+"""GlobalKD's own terms against plain references of Eq. (6) to (8), written with loops.
+
+Eq. (5) and the "coefficients" of Eq. (8) are in `test_prototype_bank`.
+"""
+
+import itertools
+import math
+
+import pytest
+from torchvision.ops import box_iou
+from toy_step import CLASSES, STRIDES, attach, close, evaluate, mean, toy_bank, toy_step
+
+from globalkd.losses import FeatureKnowledge, GlobalKnowledge, ResponseKnowledge
+
+both_heads = pytest.mark.parametrize("one_stage", [True, False], ids=["retinanet", "rcnn"])
+weighed = pytest.mark.parametrize("use_reliability", [True, False])
+
+
+def cosine(a, b):
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def coefficients(context, level, row):
+    """Of student and teacher, each {(class, prototype): cosine}."""
+    found = []
+    for of_level, bank in (
+        (context.student_instance_features, "student_prototypes"),
+        (context.teacher_instance_features, "teacher_prototypes"),
+    ):
+        prototypes = getattr(context.bank.levels[level], bank)
+        feature = of_level[level][row].detach()
+        found.append(
+            {
+                (k, p): cosine(feature, prototypes[k, p])
+                for k in range(CLASSES)
+                for p in range(prototypes.shape[1])
+            }
+        )
+    return found
+
+
+def omega(context, level, row):
+    """1 - |difference of the largest cosines| on the prototypes of the instance's class."""
+    label = int(context.instances.classes[row])
+    largest = [
+        max(v for (k, _), v in w.items() if k == label) for w in coefficients(context, level, row)
+    ]
+    return max(0.0, 1 - abs(largest[0] - largest[1]))
+
+
+@weighed
+@pytest.mark.parametrize("penalty", ["l2", "smooth_l1"])
+@pytest.mark.parametrize("scope", ["class", "all"])
+def test_global_knowledge_is_equation_6(scope, penalty, use_reliability):
+    # So different that some coefficients are more than 1 apart, where smooth L1 is linear.
+    context = toy_step(bank=toy_bank(), fills=(lambda x: x - 0.6, None))
+    gaps, terms = [], []
+    for level in STRIDES:
+        for row, label in enumerate(context.instances.classes.tolist()):
+            student, teacher = coefficients(context, level, row)
+            gap = [student[k] - teacher[k] for k in student if scope == "all" or k[0] == label]
+            gaps += [abs(g) for g in gap]
+            quadratic = [penalty == "l2" or abs(g) < 1 for g in gap]
+            total = sum(0.5 * g * g if q else abs(g) - 0.5 for g, q in zip(gap, quadratic))
+            total /= CLASSES if scope == "all" else 1
+            terms.append(total * (omega(context, level, row) if use_reliability else 1))
+    assert max(gaps) > 1 and 0 < mean(terms) < max(terms)
+    loss = GlobalKnowledge(scope=scope, penalty=penalty, use_reliability=use_reliability)
+    close(evaluate(attach(loss, context), context)["loss_kd_global"], mean(terms))
+
+
+def weight_of_cell(context, level, image, y, x, use_reliability):
+    """The largest weight of an instance whose box touches the cell; 0 of none."""
+    stride, weights = STRIDES[level], [0.0]
+    for row, box in enumerate(context.instances.boxes.tolist()):
+        left, top, right, bottom = box
+        touched = left < (x + 1) * stride and right > x * stride
+        touched &= top < (y + 1) * stride and bottom > y * stride
+        if touched and context.instances.image_index[row] == image:
+            weights.append(omega(context, level, row) if use_reliability else 1.0)
+    return max(weights)
+
+
+@weighed
+def test_feature_knowledge_is_equation_7_and_the_background_its_complement(use_reliability):
+    context = toy_step(bank=toy_bank(), instances="ground_truth")
+    loss = FeatureKnowledge(background_weight=1.0, use_reliability=use_reliability)
+    attach(loss, context)
+    first = context.instances.boxes[context.instances.image_index == 0]
+    assert (box_iou(first, first) > 0).sum() > len(first)  # some overlap: the largest weight counts
+    inside, outside = [], []
+    for level in STRIDES:
+        student = loss.adapters[level](context.student_maps[level]).detach()
+        squared = (student - context.teacher_maps[level]).square()
+        errors, weights, others = [], [], []
+        for image, y, x in itertools.product(*(range(n) for n in squared[:, 0].shape)):
+            error = 0.5 * float(squared[image, :, y, x].mean())
+            weight = weight_of_cell(context, level, image, y, x, use_reliability)
+            if weight:
+                errors.append(weight * error)
+                weights.append(weight)
+            else:
+                others.append(error)
+        inside.append(sum(errors) / sum(weights))
+        outside.append(mean(others))
+    terms = evaluate(loss, context)
+    close(terms["loss_kd_feature"], mean(inside))
+    close(terms["loss_kd_background"], mean(outside))
+
+
+def divergence(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+@weighed
+@both_heads
+@pytest.mark.parametrize("reading", ["sigmoid", "softmax"])
+def test_response_knowledge_is_a_weighted_divergence_of_the_positives(
+    reading, one_stage, use_reliability
+):
+    context = toy_step(one_stage=one_stage, bank=toy_bank())
+    positives, candidates, terms = context.positives, context.candidates, []
+    for row, candidate in enumerate(positives.rows.tolist()):
+        pair = candidates.teacher[candidate], candidates.logits[candidate].detach()
+        if one_stage and reading == "sigmoid":
+            p, q = ((x / 3.0).sigmoid().tolist() for x in pair)
+            value = sum(divergence((a, 1 - a), (b, 1 - b)) for a, b in zip(p, q))
+        else:
+            p, q = ((x / 3.0).softmax(dim=0).tolist() for x in pair)
+            value = divergence(p, q)
+        level = {s: n for n, s in STRIDES.items()}[int(positives.strides[row])]
+        terms.append(9.0 * value * (omega(context, level, row) if use_reliability else 1.0))
+    loss = ResponseKnowledge(temperature=3.0, one_stage=reading, use_reliability=use_reliability)
+    close(evaluate(attach(loss, context), context)["loss_kd_response"], mean(terms))
