@@ -22,7 +22,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from globalkd import add_globalkd_config
-from globalkd.structures import PrototypeSet
+from globalkd.prototypes.structures import PrototypeSet
 
 ROOT = Path(__file__).resolve().parent.parent
 BOXES_PER_IMAGE = 7

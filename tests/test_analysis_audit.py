@@ -23,7 +23,7 @@ from globalkd.analysis.audit_scores import (
 )
 from globalkd.analysis.planted_errors import BOX_IOU, _iou, plant_errors
 from globalkd.data import register_datasets
-from globalkd.structures import PairedFeatures
+from globalkd.prototypes.structures import PairedFeatures
 
 sys.path.insert(0, str(ROOT / "tools"))
 from analyze import PARTS

@@ -35,7 +35,8 @@ from globalkd.losses import (
     RankMimicking,
     defeat,
 )
-from globalkd.losses.fbkd import NonLocal, attention, attention_mask, root_mean_square
+from globalkd.losses.attention import attention
+from globalkd.losses.fbkd import NonLocal, attention_mask, root_mean_square
 from globalkd.losses.feature_richness import feature_richness, rich_score_loss
 from globalkd.losses.fgfi import near_object_masks
 from globalkd.losses.gid import anchors_at, general_instances

@@ -26,7 +26,7 @@ from globalkd.prototypes import refresh as prototype_refresh
 from globalkd.prototypes.class_sharding import ClassShard
 from globalkd.prototypes.generation import generate_prototypes
 from globalkd.prototypes.settings import GenerationSettings
-from globalkd.structures import PairedFeatures
+from globalkd.prototypes.structures import PairedFeatures
 
 pytestmark = pytest.mark.slow
 GENERATORS = ["pursuit", "kmeans", "dbscan", "ambiguous", "random"]

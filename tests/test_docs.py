@@ -4,7 +4,6 @@ import copy
 import re
 
 import pytest
-import torch
 from conftest import ROOT
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -20,6 +19,36 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_exist(page):
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    lines = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).splitlines()
+    headings = [line.lstrip("#").strip() for line in lines if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@each_page
+def test_links_into_pages_find_their_heading(page):
+    links = re.findall(r"\]\(([^):]*)#([^)]+)\)", page.read_text())
+    targets = [(page.parent / name if name else page, heading) for name, heading in links]
+    missing = [(t.name, heading) for t, heading in targets if heading not in anchors(t)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page, base", [("globalkd.md", ""), ("drkd.md", "losses")])
+def test_the_code_that_a_papers_sentence_leads_to_exists(page, base):
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`([\w/.]+\.py)(?:: ([\w.]+))?`", text)
+    assert named
+    missing = []
+    for path, name in named:
+        folders = (ROOT, ROOT / "projects/GlobalKD/globalkd" / base)
+        file = next((x / path for x in folders if (x / path).is_file()), None)
+        last = name.rpartition(".")[2]
+        if file is None or not re.search(rf"(def|class) {last}", file.read_text()):
+            missing.append((path, name))
     assert not missing
 
 
@@ -42,4 +71,4 @@ def test_the_worked_example_of_a_loss_trains(tiny_cfg, batch):
     assert losses["loss_kd_norm"] > 0
     losses["loss_kd_norm"].backward()
     assert any(p.grad is not None for p in model.backbone.parameters())
-    torch.testing.assert_close(losses["loss_kd_norm"].isfinite(), torch.tensor(True))
+    assert losses["loss_kd_norm"].isfinite()

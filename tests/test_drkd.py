@@ -15,10 +15,11 @@ from globalkd.data import register_datasets
 from globalkd.features import InstancePooler, LevelPair
 from globalkd.losses import DistillContext, InstanceFeature, InstanceRelation, PixelRelation
 from globalkd.losses import instance_feature as instance_feature_module
+from globalkd.losses.anchored_sum import anchored_sum
 from globalkd.losses.base import InstanceRows
 from globalkd.losses.box_relation import BoxRelation, RelationFilter, relation_matrix, to_padded
 from globalkd.losses.instance_feature import ground_truth_grids, instance_feature_error
-from globalkd.losses.pixel_relation import GlobalReasoning, anchored_sum, reason_globally
+from globalkd.losses.pixel_relation import GlobalReasoning, reason_globally
 
 SIZE = 64
 STRIDES = {"p3": 8, "p4": 16, "p5": 32}

@@ -6,7 +6,7 @@ from toy_step import attach, leaves, toy_bank, toy_step
 
 from globalkd.losses import FeatureKnowledge
 from globalkd.losses.base import InstanceRows
-from globalkd.losses.feature import box_mask, instance_masks
+from globalkd.losses.masks import box_mask, instance_masks
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -12,7 +12,7 @@ from torch import nn
 
 from globalkd.prototypes.bank import PROJECTIONS, RELIABILITIES, PrototypeBank
 from globalkd.prototypes.projection import Projection, products_by_class, products_by_row
-from globalkd.structures import PrototypeSet
+from globalkd.prototypes.structures import PrototypeSet
 
 WIDTHS = {"p2": (7, 5), "p3": (6, 6)}
 K, P = 3, 4

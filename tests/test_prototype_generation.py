@@ -15,7 +15,7 @@ from globalkd.prototypes.generators import (
 )
 from globalkd.prototypes.settings import GenerationSettings
 from globalkd.prototypes.sparse_coding import select_atoms
-from globalkd.structures import PairedFeatures
+from globalkd.prototypes.structures import PairedFeatures
 
 GENERATORS = ["pursuit", "kmeans", "dbscan", "ambiguous", "random"]
 every_generator = pytest.mark.parametrize("generator", GENERATORS)

@@ -17,7 +17,6 @@ LEVELS = {
     "schedule": 0,
     "sparse_convolution": 0,
     "sparse_roi_align": 0,
-    "structures": 0,
     "visualization": 0,
     "config_reading": 1,
     "data": 1,

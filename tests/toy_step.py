@@ -15,7 +15,7 @@ from globalkd.dense_head import DenseOutputs
 from globalkd.features import InstancePooler, LevelPair
 from globalkd.losses import Candidates, DistillContext, InstanceRows, Positives
 from globalkd.prototypes.bank import PrototypeBank
-from globalkd.structures import PrototypeSet
+from globalkd.prototypes.structures import PrototypeSet
 
 SIZE, CLASSES, ANCHORS = 64, 4, 2
 STRIDES = {"p3": 8, "p4": 16}

@@ -20,9 +20,9 @@ from .pairing import check_pair, hidden_channels, inherit_heads
 from .prototypes.bank import PrototypeBank
 from .prototypes.refresh import PrototypeRefresher
 from .prototypes.reservoir import InstanceReservoir
+from .prototypes.structures import PrototypeSet
 from .requirement import require
 from .schedule import weight_factor
-from .structures import PrototypeSet
 from .teacher import Teacher
 from .teacher.building import teacher_from_config
 from .visualization import put_reliability

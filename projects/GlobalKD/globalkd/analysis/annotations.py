@@ -21,7 +21,7 @@ from ..prototypes.extraction import (
     usable_boxes,
 )
 from ..prototypes.generation import generate_prototypes
-from ..structures import PairedFeatures, PrototypeSet
+from ..prototypes.structures import PairedFeatures, PrototypeSet
 
 #: Columns of a box in tables: XYXY_ABS in pixels of the original image.
 CORNERS = ("x1", "y1", "x2", "y2")

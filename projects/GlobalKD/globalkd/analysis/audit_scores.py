@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from ..prototypes.sparse_coding import unit_rows
-from ..structures import PairedFeatures
+from ..prototypes.structures import PairedFeatures
 from .discrepancy import instance_discrepancy
 from .explained_share import explained_shares
 from .reliability import level_reliability

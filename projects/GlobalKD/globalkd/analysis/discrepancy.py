@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..prototypes.generators import PROTOTYPE_GENERATOR_REGISTRY
-from ..structures import PairedFeatures
+from ..prototypes.structures import PairedFeatures
 from .annotations import dataset_annotations, make_prototypes, training_instances
 from .reliability import ambiguity_auc, level_reliability
 from .runs import add_run_arguments, load_run, output_folder, read_config

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..prototypes.sparse_coding import unit_rows
-from ..structures import PairedFeatures, PrototypeSet
+from ..prototypes.structures import PairedFeatures, PrototypeSet
 from .annotations import CORNERS, corners, crop, make_prototypes, training_instances
 from .explained_share import explained_shares
 from .html import Page

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from ..prototypes.bank import RELIABILITIES
-from ..structures import PairedFeatures
+from ..prototypes.structures import PairedFeatures
 from .annotations import dataset_annotations, make_prototypes, training_instances
 from .runs import load_run, read_config
 from .tables import as_text, write_csv

@@ -14,7 +14,7 @@ from typing import List, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from .pixel_relation import AnchoredSum
+from .anchored_sum import AnchoredSum
 
 
 def to_padded(

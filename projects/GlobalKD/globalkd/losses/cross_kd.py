@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..dense_head import by_cell
 from ..features import LevelPair
 from ..requirement import require
+from .adapters import align_width
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import align_width
 
 
 def align_scale(student: Tensor, teacher: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..features import LevelPair
 from ..requirement import require
+from .adapters import build_alignment
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .divergence import softmax_kl
-from .feature import build_alignment
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..features import LevelPair
 from ..requirement import require
+from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import box_mask, build_adapters, cell_errors, weighted_mean
+from .map_errors import cell_errors, weighted_mean
+from .masks import box_mask
 from .outputs import Responses
 
 #: Boxes are on the finest level up to twice this side in pixels, then on the next one, and so on.

@@ -6,7 +6,7 @@ Detectors", Zhang and Ma, ICLR 2021 (FBKD).
 Shapes: N images, D channels, H x W cells of a level.
 """
 
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Sequence
 
 import torch
 from detectron2.config import configurable
@@ -14,37 +14,14 @@ from torch import Tensor, nn
 
 from ..features import LevelPair
 from ..requirement import require
+from .adapters import build_adapters
+from .attention import attention, softmax_mask
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import build_adapters
 
 
 def root_mean_square(x: Tensor) -> Tensor:
     """|x| divided by the root of its number of entries; gradient 0 at 0."""
     return torch.linalg.vector_norm(x.float()) / max(x.numel(), 1) ** 0.5
-
-
-def attention(maps: Tensor) -> Tuple[Tensor, Tensor]:
-    """Spatial and channel attention, G^s and G^c: means of |A| over channels and over cells.
-
-    Args:
-        maps: (N, D, H, W).
-
-    Returns:
-        (N, 1, H, W) and (N, D, 1, 1).
-    """
-    magnitude = maps.abs()
-    return magnitude.mean(dim=1, keepdim=True), magnitude.mean(dim=(2, 3), keepdim=True)
-
-
-def softmax_mask(values: Tensor, temperature: float) -> Tensor:
-    """Softmax of an image's values times their number, so that their mean is 1; float32.
-
-    Args:
-        values: (N, 1, H, W) or (N, D, 1, 1).
-        temperature: T > 0.
-    """
-    flat = (values.float() / temperature).flatten(1)
-    return (flat.softmax(dim=1) * flat.shape[1]).view_as(values)
 
 
 def attention_mask(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

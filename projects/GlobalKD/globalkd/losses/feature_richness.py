@@ -12,9 +12,10 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from ..features import LevelPair
+from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .divergence import sigmoid_kl
-from .feature import build_adapters, weighted_feature_loss, weighted_mean
+from .map_errors import weighted_feature_loss, weighted_mean
 
 
 def feature_richness(logits: Tensor) -> Tensor:

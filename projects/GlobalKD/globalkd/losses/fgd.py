@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..features import LevelPair
 from ..requirement import require
+from .adapters import build_alignment
+from .attention import attention, softmax_mask
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .fbkd import attention, softmax_mask
-from .feature import build_alignment, instance_masks
+from .masks import instance_masks
 
 
 class ContextBlock(nn.Module):

@@ -14,8 +14,9 @@ from torchvision.ops import box_iou
 
 from ..features import LevelPair
 from ..requirement import require
+from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import build_adapters, weighted_feature_loss
+from .map_errors import weighted_feature_loss
 from .outputs import InstanceRows
 
 PAIRS_PER_CHUNK = 1 << 25

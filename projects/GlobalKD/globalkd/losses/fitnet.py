@@ -10,8 +10,9 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from ..features import LevelPair
+from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import build_adapters, weighted_feature_loss
+from .map_errors import weighted_feature_loss
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -18,9 +18,9 @@ from torchvision.ops import batched_nms, box_iou
 from ..dense_head import DenseOutputs, convert_deltas
 from ..features import LevelPair, pool
 from ..requirement import require
+from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .divergence import sigmoid_kl
-from .feature import build_adapters
 from .rkd import distance_loss
 
 #: Anchors of an image that take part in the non-maximum suppression, by their score.

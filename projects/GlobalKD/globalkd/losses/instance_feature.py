@@ -16,8 +16,8 @@ from torch import Tensor
 from ..features import LevelPair
 from ..requirement import require
 from ..sparse_roi_align import roi_align
+from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import build_adapters
 
 #: Sampling points per side of a bin: what a box costs does not depend on its size.
 SAMPLES_PER_BIN = 2

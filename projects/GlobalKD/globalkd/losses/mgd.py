@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..features import LevelPair
 from ..requirement import require
+from .adapters import build_alignment
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import build_alignment
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -12,8 +12,8 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from ..features import LevelPair
+from .adapters import build_alignment
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import build_alignment
 
 
 def correlation_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from ..features import LevelPair
+from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .feature import build_adapters
 
 
 def grouped_log_softmax(scores: Tensor, group: Tensor, num_groups: int) -> Tensor:

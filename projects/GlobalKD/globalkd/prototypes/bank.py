@@ -17,9 +17,9 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..requirement import require
-from ..structures import PrototypeSet
 from . import files
 from .projection import LevelPrototypes, Projection
+from .structures import PrototypeSet
 
 
 class PrototypeBank(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor
 
-from ..structures import PairedFeatures, PrototypeSet
+from .structures import PairedFeatures, PrototypeSet
 
 T = TypeVar("T")
 

@@ -26,8 +26,8 @@ from ..data.resumable_loader import shield_workers
 from ..data.unreadable import UNREADABLE, pass_over
 from ..features import InstancePooler, LevelPair, crop_to_common, to_rois
 from ..random_state import isolated_rng
-from ..structures import PairedFeatures
 from ..teacher import Teacher
+from .structures import PairedFeatures
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..requirement import require
-from ..structures import PairedFeatures, PrototypeSet
 from .generators import PROTOTYPE_GENERATOR_REGISTRY, ClassInstances
 from .settings import GenerationSettings
 from .sparse_coding import unit_rows
+from .structures import PairedFeatures, PrototypeSet
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ..features import InstancePooler, LevelPair
 from ..random_state import isolated_rng
 from ..requirement import require
-from ..structures import PairedFeatures, PrototypeSet
 from ..teacher import Teacher
 from .bank import PrototypeBank
 from .class_sharding import ClassShard, run_everywhere
@@ -40,6 +39,7 @@ from .fingerprint import settings_of, with_contents
 from .generation import generate_prototypes, rows_by_class
 from .reservoir import InstanceReservoir
 from .settings import GenerationSettings, ImageSource
+from .structures import PairedFeatures, PrototypeSet
 
 logger = logging.getLogger(__name__)
 

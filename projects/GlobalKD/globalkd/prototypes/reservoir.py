@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import LevelPair
-from ..structures import PairedFeatures
+from .structures import PairedFeatures
 
 
 class InstanceReservoir(nn.Module):
