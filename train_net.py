@@ -26,7 +26,7 @@ from globalkd.data.config_checks import check_data
 from globalkd.engine.launching import held_messages, launch
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.engine.user_modules import add_import_argument, import_modules
-from globalkd.safe_loading import ReportingCheckpointer
+from globalkd.safe_loading import ReportingCheckpointer, require_weights
 
 logger = logging.getLogger("globalkd")
 
@@ -78,6 +78,14 @@ def evaluate(cfg, args):
     check_data(cfg, train=False)
     if not cfg.MODEL.WEIGHTS and not args.resume:
         logger.warning("MODEL.WEIGHTS is empty: what is evaluated has random weights.")
+    elif not args.resume:
+        require_weights("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+        trained = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+        if os.path.isfile(trained) and "MODEL.WEIGHTS" not in args.opts:
+            logger.warning(
+                f"What is evaluated are the weights that the configuration names, "
+                f"{cfg.MODEL.WEIGHTS}. For the result of the training add MODEL.WEIGHTS {trained}."
+            )
     alone = cfg.clone()
     alone.defrost()
     alone.MODEL.GLOBALKD.ENABLED = False  # a student alone: no teacher is needed

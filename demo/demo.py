@@ -71,6 +71,12 @@ def list_images(inputs):
         path = Path(name).expanduser()
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
+            deeper = sum(p.suffix.lower() in IMAGES for p in path.rglob("*")) - len(found)
+            if found and deeper:
+                logger.warning(
+                    f"--input {name}: {deeper} images in subfolders are left out; "
+                    f"'{name}/**/*.jpg' has them."
+                )
         else:
             found = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:

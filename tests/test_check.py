@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 
+import cv2
 import pytest
 from conftest import ROOT
 from detectron2.modeling import build_model
@@ -57,6 +58,26 @@ def test_no_gpu_is_one_process(tiny_cfg, checked):
     """With a GPU or without, train_net.py takes --num-gpus 0."""
     report, text = checked(tiny_cfg("rcnn", "MODEL.RETINANET.NORM", "BN"), num_gpus=0)
     assert report.problems == [] and "the whole run" in text
+
+
+def test_a_run_is_forecast_as_its_processes_run_it(tiny_cfg, checked):
+    opts = ["SOLVER.IMS_PER_BATCH", 8, "SOLVER.REFERENCE_WORLD_SIZE", 4, "SOLVER.MAX_ITER", 12]
+    report, text = checked(tiny_cfg("rcnn", *opts))
+    assert report.problems == [] and "48 steps of 2 images" in text
+    report, text = checked(tiny_cfg("rcnn", "SOLVER.IMS_PER_BATCH", 3), num_gpus=2)
+    assert any("IMS_PER_BATCH is 3; it must be a multiple" in p for p in report.problems)
+
+
+def test_images_of_more_than_eight_bits_are_warned_of(tiny_cfg, checked, scenes, tmp_path):
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    for path in (scenes / "train").iterdir():
+        deep = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE).astype("uint16") * 257
+        cv2.imwrite(str(folder / path.name), deep)
+    cfg = tiny_cfg("rcnn", "DATASETS.TRAIN", ("deep",))
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, ["deep", str(scenes / "train.json"), str(folder)]]
+    report, _ = checked(cfg)
+    assert any("12 images of a sample have more than 8 bits" in w for w in report.warnings)
 
 
 @pytest.mark.faults

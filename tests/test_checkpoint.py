@@ -5,11 +5,11 @@ import signal
 
 import pytest
 import torch
-from detectron2.engine import TrainerBase
+from detectron2.engine import HookBase, TrainerBase
 from torch import nn
 
 from globalkd.engine.checkpoint import AtomicCheckpointer
-from globalkd.engine.hooks import CheckpointSaver
+from globalkd.engine.hooks import CheckpointSaver, StopSignals
 from globalkd.engine.run_state import RunState
 
 
@@ -94,7 +94,12 @@ class Toy(TrainerBase):
         self.steps = steps
         self.checkpointer = saver
         self.run_state = RunState(saver.model, 0)
-        self.register_hooks([CheckpointSaver(period=2)])
+        self.signals = StopSignals()
+        self.register_hooks([CheckpointSaver(2, self.signals)])
+
+    def train(self, *args):
+        with self.signals:
+            super().train(*args)
 
     def run_step(self):
         self.steps.get(self.iter, lambda: None)()
@@ -117,6 +122,22 @@ def test_a_signal_saves_after_the_step_and_ends_with_its_code(saver, tmp_path, n
     assert done == [2]
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_in_what_follows_the_last_step_lets_the_run_end(saver, tmp_path):
+    """The last evaluation."""
+    ended = []
+
+    class Evaluation(HookBase):
+        def after_train(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = Toy(saver, {})
+    trainer.register_hooks([Evaluation()])
+    trainer.train(0, 3)
+    assert ended and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(saver, tmp_path):

@@ -200,7 +200,7 @@ def test_boxes_of_no_area_or_outside_the_image_are_dropped_and_counted(tmp_path,
         "mine: dropped 5 boxes of no area",
         "mine: 2 of 9 boxes reach more than a pixel beyond their image",
     ]
-    assert all(x.endswith("in 1 images: a.png") for x in ours)
+    assert all(x.endswith(f"in 1 images: {tmp_path}/a.png") for x in ours)
 
 
 def write_shapes(folder, shapes):
@@ -235,6 +235,19 @@ def test_where_masks_are_trained_detectron2_drops_it_with_its_box(tmp_path):
     register_datasets(cfg)
     (annotation,) = DatasetCatalog.get("mine")[0]["annotations"]
     assert annotation["segmentation"] == [TRIANGLE]
+
+
+def test_where_masks_are_trained_a_box_without_one_is_left_out_and_counted(tmp_path, caplog):
+    entry = write_shapes(tmp_path, [[], [TRIANGLE], None])
+    content = json.loads(Path(entry[1]).read_text())
+    del content["annotations"][2]["segmentation"]
+    Path(entry[1]).write_text(json.dumps(content))
+    cfg = config(coco=[entry])
+    cfg.MODEL.MASK_ON = True
+    register_datasets(cfg)
+    (annotation,) = DatasetCatalog.get("mine")[0]["annotations"]
+    assert annotation["segmentation"] == [TRIANGLE]
+    assert "mine: left out 2 of 3 annotations that have no segmentation" in caplog.text
 
 
 def test_only_the_named_datasets_need_their_files(tmp_path):

@@ -82,7 +82,7 @@ def test_weights_that_the_training_started_from_are_not_taken(config_file, scene
 
 
 @pytest.mark.faults
-def test_input_that_is_not_there_is_named(tmp_path):
+def test_input_that_is_not_there_is_named(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match="no image there"):
         demo.list_images([str(tmp_path)])
     for name in ("a", "b"):
@@ -94,6 +94,8 @@ def test_input_that_is_not_there_is_named(tmp_path):
     (tmp_path / "a/deep").mkdir()
     (tmp_path / "a/deep/y.png").touch()
     assert len(demo.list_images([f"{tmp_path}/a/**/*.png"])) == 2
+    assert len(demo.list_images([str(tmp_path / "a")])) == 1
+    assert "1 images in subfolders are left out" in caplog.text
     with pytest.raises(ValueError, match="files of one name, such as x.png"):
         demo.list_images([str(tmp_path / "*" / "x.png")])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation import coco_evaluation as detectron2_coco
@@ -261,6 +261,63 @@ def test_a_json_without_area_and_iscrowd_is_evaluated(cfg, tmp_path, monkeypatch
     register_datasets_of(cfg, coco=[entry])
     results = evaluate(build_evaluator(cfg, "mine"), "mine", truth_as_detections)
     assert results["AP"] == results["APs"] == results["AP-clean"] == pytest.approx(100)
+
+
+def test_what_an_earlier_run_converted_is_not_read_again(cfg, tmp_path):
+    register_datasets_of(cfg, coco=[write_coco(tmp_path)])
+    records = DatasetCatalog.get("mine")
+    DatasetCatalog.register("view", lambda: records[:2])
+    MetadataCatalog.get("view").set(thing_classes=MetadataCatalog.get("mine").thing_classes)
+    stale = tmp_path / "view_coco_format.json"
+    stale.write_text('{"images": [], "annotations": [], "categories": []}')
+    build_evaluator(cfg, "view", str(tmp_path))
+    assert len(json.loads(stale.read_text())["annotations"]) == 10
+
+
+def test_classes_that_the_dataset_does_not_have_are_left_out(cfg, tmp_path, caplog):
+    register_datasets_of(cfg, coco=[write_coco(tmp_path)])
+
+    def with_another_class(record):
+        truth = truth_as_detections(record)
+        truth.pred_classes[0] = 3
+        return truth
+
+    def without_that_one(record):
+        return truth_as_detections(record)[1:]
+
+    evaluator = build_evaluator(cfg, "mine")
+    expected = evaluate(evaluator, "mine", without_that_one)
+    assert "left out" not in caplog.text
+    assert_equal(evaluate(evaluator, "mine", with_another_class), expected)
+    assert "left out 6 detections of classes that the dataset does not have" in caplog.text
+
+
+@pytest.mark.parametrize("masked", ["all but one", "none"])
+def test_boxes_without_a_mask_do_not_end_an_evaluation_of_masks(cfg, tmp_path, caplog, masked):
+    entry = write_coco(tmp_path)
+    content = json.loads(Path(entry[1]).read_text())
+    for i, annotation in enumerate(content["annotations"]):
+        x, y, w, h = annotation["bbox"]
+        annotation["iscrowd"] = 0
+        if i and masked != "none":
+            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    Path(entry[1]).write_text(json.dumps(content))
+    register_datasets_of(cfg, coco=[entry])
+    evaluator = build_evaluator(cfg, "mine")
+    evaluator.reset()
+    for record in DatasetCatalog.get("mine"):
+        truth = truth_as_detections(record)
+        truth.pred_masks = torch.zeros(len(truth), SIZE, SIZE, dtype=torch.bool)
+        for mask, box in zip(truth.pred_masks, truth.pred_boxes.tensor.int().tolist()):
+            mask[box[1] : box[3], box[0] : box[2]] = True
+        evaluator.process([record], [{"instances": truth}])
+    results = evaluator.evaluate()
+    if masked == "none":
+        assert list(results) == ["bbox"] and results["bbox"]["AP"] == pytest.approx(100)
+        assert "mine has no segmentations" in caplog.text
+    else:
+        assert results["segm"]["AP"] > 90 and results["bbox"]["AP"] > 90
+        assert "left out 1 of 30 annotations" in caplog.text
 
 
 @pytest.mark.parametrize("implementation", [evaluation.FastestCOCOeval, COCOeval])

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from globalkd.data import register_datasets
 
 sys.path.insert(0, str(ROOT / "tools"))
-from loss_scales import LATE, load, measure, table
+from loss_scales import LATE, build, load, measure, table
 
 NAMES = ["FitNet", "HintonKD", "ICD"]
 
@@ -81,3 +81,18 @@ def test_every_loss_that_the_student_can_have_and_no_course_over_training():
     assert set(rcnn.LOSSES) - set(retinanet.LOSSES) == {"DKD"}
     assert {"GlobalKnowledge", "GID", "PixelRelation"} <= set(rcnn.LOSSES)
     assert rcnn.DECAY == "none" and rcnn.WARMUP_ITERS == rcnn.STOP_ITER == 0
+
+
+def test_of_every_loss_those_that_the_pair_cannot_have_are_named(tiny_cfg, caplog):
+    cfg = tiny_cfg("retinanet", "MODEL.RETINANET.NUM_CONVS", 1)
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = [
+        *cfg.MODEL.GLOBALKD.TEACHER.OPTS,
+        "MODEL.RETINANET.NUM_CONVS",
+        1,
+    ]
+    cfg.MODEL.GLOBALKD.LOSSES = ["FitNet", "CrossKD", "PKD"]
+    register_datasets(cfg)
+    with pytest.raises(ValueError, match="CrossKD"):
+        build(cfg.clone(), every_loss=False)
+    model = build(cfg, every_loss=True)
+    assert list(model.distiller.losses) == ["FitNet", "PKD"] and "Left out: " in caplog.text

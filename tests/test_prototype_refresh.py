@@ -142,3 +142,22 @@ def test_prototypes_of_a_file_are_those_of_a_student_that_inherits(tmp_path, tin
     expected, found = (m.distiller.bank.state_dict() for m in (trained, read))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("weights", ["none", "a backbone without its FPN"])
+def test_the_tool_refuses_a_student_that_a_training_would_draw_anew(
+    tmp_path, tiny_cfg, monkeypatch, capsys, weights
+):
+    cfg = tiny_cfg("rcnn")
+    state = build(cfg).state_dict()
+    torch.save({"model": {k: v for k, v in state.items() if "fpn" not in k}}, tmp_path / "b.pth")
+    cfg.MODEL.WEIGHTS = "" if weights == "none" else str(tmp_path / "b.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    arguments = ["--config-file", tmp_path / "config.yaml", "--output", tmp_path / "p.safetensors"]
+    monkeypatch.setattr(sys, "argv", ["generate_prototypes.py", *map(str, arguments)])
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("generate_prototypes").main()
+    assert "entries of the student's backbone random, such as backbone." in capsys.readouterr().err
+    assert not (tmp_path / "p.safetensors").exists()

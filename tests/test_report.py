@@ -17,9 +17,10 @@ from PIL import Image
 
 from globalkd import add_globalkd_config
 from globalkd.analysis import compare
+from globalkd.analysis.compare import compare_report
 from globalkd.analysis.html import Page, data_uri
 from globalkd.analysis.report import add_part, build_report, config_differences
-from globalkd.analysis.runs import load_run, read_config
+from globalkd.analysis.runs import load_run, read_config, written_config
 from globalkd.experiments.tables import COLUMNS
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -173,6 +174,28 @@ def test_comparing_runs_gives_results_and_costs_with_the_teacher(runs, tmp_path)
     assert float(plain["parameters_M"]) == pytest.approx(parameters / 1e6, abs=1e-4)
     assert all(float(row["images_per_second"]) > 0 for row in rows)
     assert (tmp_path / "c" / "compare.png").stat().st_size > 0
+
+
+def test_of_several_test_sets_the_first_is_compared(runs, tmp_path, caplog):
+    path = Path(runs[0], "config.yaml")
+    cfg = written_config(runs[0])
+    first, second = cfg.DATASETS.TEST[0], cfg.DATASETS.TRAIN[0]
+    cfg.DATASETS.TEST = (first, second)
+    path.write_text(cfg.dump())
+    metrics = Path(runs[0], "metrics.json")
+    text = metrics.read_text().replace("bbox/", f"{first}/bbox/")
+    metrics.write_text(text.replace('"iteration": 40', f'"iteration": 40, "{second}/bbox/AP": 99'))
+    rows = compare_report(runs, output=tmp_path, num_images=1)
+    assert [row["AP"] for row in rows[1:]] == [12.5, 11.25]
+    assert "different test sets" not in caplog.text
+    cfg.DATASETS.TEST = (second, first)
+    path.write_text(cfg.dump())
+    rows = compare_report(runs, output=tmp_path, num_images=1)
+    assert rows[1]["AP"] == 99 and "AP are of different test sets" in caplog.text
+    cfg.DATASETS.TEST = ()
+    path.write_text(cfg.dump())
+    with pytest.raises(ValueError, match="DATASETS.TEST names no dataset"):
+        compare_report(runs, output=tmp_path, num_images=1)
 
 
 def test_runs_whose_data_lie_elsewhere_are_compared(runs, scenes, tmp_path):

@@ -318,6 +318,21 @@ def test_exact_or_not_is_for_each_part_of_a_run(config, exact, caplog):
     assert ["starts anew" in x for x in said] == [True, exact]
 
 
+def test_a_resumed_run_is_told_what_has_changed(config, caplog):
+    path = config("rcnn", "run", "MODEL.GLOBALKD.ENABLED", False, "SOLVER.MAX_ITER", 1)
+    train(path)
+    cfg = read(path)
+    changed = ["SOLVER.IMS_PER_BATCH", 1, "SOLVER.BASE_LR", 0.5, "SOLVER.MAX_ITER", 2]
+    cfg.merge_from_list(changed)
+    path.write_text(cfg.dump())
+    with caplog.at_level(logging.INFO, logger="globalkd"):
+        train(path)
+    assert "SOLVER.IMS_PER_BATCH is 1; it was 2 when the checkpoint was written." in caplog.text
+    assert "SOLVER.BASE_LR is 0.5; it was " in caplog.text
+    assert "and the optimizer keeps that" in caplog.text
+    assert "The images are not those of a run without an interruption" in caplog.text
+
+
 def test_detectron2s_own_order_is_there_by_key(config):
     """Without distillation and EXACT_RESUME it is Detectron2's trainer, to the bit."""
     opts = ("DATALOADER.EXACT_RESUME", False, "SOLVER.MAX_ITER", 2)

@@ -19,15 +19,16 @@ from detectron2.utils import comm
 
 from globalkd.config_reading import check_config, fall_back_to_cpu
 from globalkd.data import register_datasets
+from globalkd.data.registration import first_images
 from globalkd.data.resumable_loader import ResumableLoader
 from globalkd.engine import trainer as trainer_module
 from globalkd.engine.checkpoint import AtomicCheckpointer
 from globalkd.engine.launching import held_messages
+from globalkd.engine.run_checks import scale_to_processes
 from globalkd.engine.trainer import (
     DistillTrainer,
     check_classes,
     check_data,
-    first_images,
 )
 
 pytestmark = pytest.mark.usefixtures("catalogs")
@@ -240,11 +241,27 @@ def test_no_box_of_the_least_size_names_the_key(cfg, batch):
 def test_the_device_falls_back_only_where_there_is_no_gpu(cfg, monkeypatch, caplog):
     cfg.MODEL.DEVICE = "cuda"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    cfg.SOLVER.AMP.ENABLED = True
     fall_back_to_cpu(cfg)
-    assert cfg.MODEL.DEVICE == "cuda"
+    assert cfg.MODEL.DEVICE == "cuda" and cfg.SOLVER.AMP.ENABLED
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     fall_back_to_cpu(cfg)
     assert cfg.MODEL.DEVICE == "cpu" and "MODEL.DEVICE is cpu" in caplog.text
+    assert not cfg.SOLVER.AMP.ENABLED and "AMP.ENABLED is False" in caplog.text
+
+
+def test_a_schedule_for_more_processes_is_scaled_as_a_whole(cfg):
+    changed = ["SOLVER.REFERENCE_WORLD_SIZE", 4, "SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 90]
+    changed += ["MODEL.GLOBALKD.WARMUP_ITERS", 10, "MODEL.GLOBALKD.STOP_ITER", 60]
+    cfg.merge_from_list(changed)
+    scaled = scale_to_processes(cfg, 1)
+    assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.MAX_ITER) == (2, 360)
+    node = scaled.MODEL.GLOBALKD
+    assert (node.WARMUP_ITERS, node.STOP_ITER, cfg.MODEL.GLOBALKD.STOP_ITER) == (40, 240, 60)
+    assert scale_to_processes(scaled, 1) is scaled and scale_to_processes(cfg, 4) is cfg
+    cfg.SOLVER.IMS_PER_BATCH = 6
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 6; .*REFERENCE_WORLD_SIZE, 4"):
+        scale_to_processes(cfg, 1)
 
 
 def test_the_first_images_are_a_dataset_of_their_own(cfg):

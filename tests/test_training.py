@@ -154,6 +154,11 @@ def test_train_net_trains_resumes_and_evaluates(tiny_cfg, tmp_path):
     assert Path(cfg.OUTPUT_DIR, "config.yaml").read_bytes() == written
     assert read_config(cfg.OUTPUT_DIR).SOLVER.MAX_ITER == 3
     assert Path(cfg.OUTPUT_DIR, "config_eval.yaml").is_file()
+    start = tmp_path / "start.pth"
+    start.write_bytes(Path(weights).read_bytes())
+    named = tmp_path / "named.yaml"
+    named.write_text(f'_BASE_: "config.yaml"\nMODEL: {{WEIGHTS: "{start}"}}\n')
+    assert f"add MODEL.WEIGHTS {weights}" in _train_net(named, "--eval-only")
     # Where there is no run the evaluation writes one, and keeps that it was a distilled student.
     elsewhere = str(tmp_path / "elsewhere")
     _train_net(config, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", elsewhere)
@@ -306,9 +311,29 @@ def test_a_plain_run_cannot_be_resumed_as_a_distilled_one(tiny_cfg):
 @pytest.mark.faults
 def test_a_teacher_is_not_replaced_by_its_student(tiny_cfg):
     cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1)
-    cfg.MODEL.GLOBALKD.TEACHER.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    mine = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    teacher = cfg.MODEL.GLOBALKD.TEACHER
+    teacher.WEIGHTS = mine
     with pytest.raises(ValueError, match="OUTPUT_DIR .*is where the teacher's weights lie"):
         run(cfg)
+    # The same where the teacher's own configuration names them.
+    teacher.WEIGHTS, teacher.ALLOW_RANDOM_WEIGHTS = "", False
+    teacher.OPTS = [*teacher.OPTS, "MODEL.WEIGHTS", mine]
+    with pytest.raises(ValueError, match="OUTPUT_DIR .*is where the teacher's weights lie"):
+        run(cfg)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("distill", [False, True])
+def test_another_detector_does_not_resume(tiny_cfg, distill):
+    """Its shapes are told, and config.yaml stays that of the weights that are there."""
+    losses = ["MODEL.GLOBALKD.LOSSES", ["FitNet"]] if distill else []
+    cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, *losses, distill=distill)
+    run(cfg)
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 24
+    cfg.SOLVER.MAX_ITER = 2
+    with pytest.raises(ValueError, match=r"cannot be resumed: another detector.*box_head.*shape"):
+        run(cfg, resume=True)
 
 
 @pytest.mark.faults

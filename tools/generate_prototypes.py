@@ -16,7 +16,7 @@ from globalkd import register_datasets
 from globalkd.analysis.runs import require_distilled
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.user_modules import add_import_argument, import_modules
-from globalkd.safe_loading import SafeCheckpointer
+from globalkd.safe_loading import ReportingCheckpointer
 
 
 def main():
@@ -44,17 +44,39 @@ def run(args):
     fall_back_to_cpu(cfg)
     register_datasets(cfg)
     model = build_model(cfg).eval()
-    SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(cfg.MODEL.WEIGHTS)
     distiller = model.distiller
     if distiller.bank is None:
         raise ValueError(
             f"{args.config_file}: no loss of MODEL.GLOBALKD.LOSSES = "
             f"{list(cfg.MODEL.GLOBALKD.LOSSES)} reads prototypes."
         )
-    distiller.start(model)
+    start_student(model, cfg)
     prototypes = distiller.refresh(model)
     distiller.bank.save(args.output, distiller.refresher.fingerprint, prototypes.counts)
     print(f"{args.output}: prototypes of {int((prototypes.counts > 0).sum())} classes.")
+
+
+def start_student(model, cfg):
+    """Load what a training starts from.
+
+    Raises:
+        ValueError: part of the backbone stays random. A training draws other random numbers, and
+            its student would not be the one that the prototypes are of.
+    """
+    checkpointer = ReportingCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    state = model.state_dict()
+    unfilled = checkpointer.unfilled if cfg.MODEL.WEIGHTS else state
+    drawn = {name: state[name].clone() for name in unfilled if name.startswith("backbone.")}
+    model.distiller.start(model)  # may inherit the teacher's pyramid
+    drawn = [name for name, value in drawn.items() if state[name].equal(value)]
+    if drawn:
+        raise ValueError(
+            f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS!r}) leaves {len(drawn)} entries of the student's "
+            f"backbone random, such as {drawn[0]}. A training would start from other random "
+            "values, and the prototypes would not be its student's. Name weights that fill the "
+            "backbone and its FPN, or let the training make its prototypes."
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ Nothing is trained. Warm-up, decay and later starts of the configuration are lef
 """
 
 import argparse
+import logging
+import re
 from statistics import mean
 
 import torch
@@ -26,6 +28,8 @@ from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import SafeCheckpointer
+
+logger = logging.getLogger("globalkd")
 
 #: An iteration past every loss's own start.
 LATE = 10**9
@@ -109,6 +113,20 @@ def main():
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
+def build(cfg, *, every_loss):
+    """The student. Of every loss, those that this pair of detectors cannot have are left out."""
+    names = cfg.MODEL.GLOBALKD.LOSSES
+    while True:
+        try:
+            return DistillTrainer.build_model(cfg)
+        except ValueError as error:
+            named = [name for name in names if re.search(rf"\b{name}\b", str(error))]
+            if not every_loss or len(named) != 1:
+                raise
+            logger.warning(f"Left out: {error}")
+            names.remove(named[0])
+
+
 def run(args):
     """The table for the arguments of the command line."""
     import_modules(args.imports)
@@ -116,7 +134,7 @@ def run(args):
     require_distilled(cfg)
     register_datasets(cfg)
     seed_all_rng(max(cfg.SEED, 0))
-    model = DistillTrainer.build_model(cfg).train()
+    model = build(cfg, every_loss=args.all).train()
     SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE).load(cfg.MODEL.WEIGHTS)
     model.distiller.start(model)
     batches = iter(DistillTrainer.build_train_loader(cfg))

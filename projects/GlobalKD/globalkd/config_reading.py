@@ -243,10 +243,18 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def fall_back_to_cpu(cfg: CfgNode) -> None:
-    """Set MODEL.DEVICE to cpu, with a warning, where it is cuda and there is no GPU."""
+    """Set MODEL.DEVICE to cpu, with a warning, where it is cuda and there is no GPU.
+
+    SOLVER.AMP.ENABLED is then set to False, likewise.
+    """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(f"No GPU here: MODEL.DEVICE is cpu instead of {cfg.MODEL.DEVICE}.")
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        logger.warning(
+            "SOLVER.AMP.ENABLED is False instead of True: Detectron2 needs a GPU for it."
+        )
+        cfg.SOLVER.AMP.ENABLED = False
 
 
 def _check_number(key: str, value, number: float) -> None:

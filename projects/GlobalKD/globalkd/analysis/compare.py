@@ -7,6 +7,7 @@ Written: compare.csv, compare.png, machine.txt.
 """
 
 import argparse
+import logging
 import platform
 import time
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .curves import draw_curves
-from .runs import final_metrics, is_distilled, load_run, load_teacher, read_config
+from .runs import final_metrics, first_test_set, is_distilled, load_run, load_teacher, read_config
 from .tables import as_text, write_csv
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_IMAGES = 3
 #: Counting operations traces the detector, which takes long; they differ little between images.
@@ -59,11 +62,16 @@ def compare_report(
         One dict a detector: "run", its final metrics ("AP", ...; NaN where it was not evaluated),
         "parameters_M" (millions), "GFLOPs", "images_per_second".
     """
-    rows = []
+    rows, test_sets = [], {}
     for contestant in contestants(folders, checkpoint, opts):
         images = _test_images(contestant.cfg, num_images)
         cost = detector_cost(contestant.model, images, name=contestant.name)
-        rows.append({"run": contestant.name, **final_metrics(contestant.folder), **cost})
+        metrics = final_metrics(contestant.folder)
+        rows.append({"run": contestant.name, **metrics, **cost})
+        if metrics:
+            test_sets[contestant.name] = first_test_set(contestant.folder)
+    if len(set(test_sets.values())) > 1:
+        logger.warning(f"These AP are of different test sets, and do not compare: {test_sets}.")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns.sort(key=lambda key: key in cost)  # what it costs comes last
     rows = [{key: row.get(key, float("nan")) for key in columns} for row in rows]
@@ -134,6 +142,11 @@ def _seconds(model: nn.Module, batch: List[dict]) -> float:
 
 
 def _test_images(cfg: CfgNode, count: int) -> List[List[dict]]:
+    if not cfg.DATASETS.TEST:
+        raise ValueError(
+            f"{cfg.OUTPUT_DIR}: DATASETS.TEST names no dataset on whose images speed could be "
+            "measured; give one with --opts."
+        )
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[:count]
     mapper = DatasetMapper(cfg, is_train=False)
     return list(build_detection_test_loader(records, mapper=mapper))

@@ -64,10 +64,26 @@ def written_config(folder, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def read_metrics(folder) -> List[dict]:
-    """The records of a run's metrics.json in their order; empty where there is none yet."""
+    """The records of a run's metrics.json in their order; empty where there is none yet.
+
+    Of a run with several test sets the metrics of the first one have the names of an only one
+    ("bbox/AP"); those of the others keep theirs ("other_set/bbox/AP").
+    """
     path = Path(folder, "metrics.json")
     lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    if not any(key.endswith("/bbox/AP") for record in records for key in record):
+        return records
+    prefix = f"{first_test_set(folder)}/"
+    return [{key.removeprefix(prefix): value for key, value in r.items()} for r in records]
+
+
+def first_test_set(folder) -> str:
+    """The dataset that a run's results are of; empty where its configuration is not there."""
+    try:
+        return next(iter(written_config(folder).DATASETS.TEST), "")
+    except (OSError, ValueError):
+        return ""
 
 
 def final_metrics(folder) -> Dict[str, float]:

@@ -25,15 +25,18 @@ class CheckedCOCO(COCO):
         Args:
             annotation_file: a COCO JSON.
             name: the dataset's, for warnings.
-            masks: whether masks are trained. If not, an unusable segmentation is left out;
-                Detectron2 would leave out the whole annotation.
+            masks: whether masks are trained. If so, annotations without a segmentation are left
+                out. If not, an unusable segmentation is; Detectron2 would leave out the whole
+                annotation.
         """
         self._name, self._masks = name, masks
         super().__init__(annotation_file)
 
     def createIndex(self) -> None:
         check_coco(self.dataset)
-        if not self._masks:
+        if self._masks:
+            drop_without_segmentation(self.dataset, self._name)
+        else:
             leave_out_segmentations(self.dataset.get("annotations", []), self._name)
         super().createIndex()
 
@@ -80,6 +83,18 @@ def leave_out_segmentations(annotations: List[dict], name: str) -> None:
             f"{name}: left out {len(lost)} segmentations that have no polygon of 3 points or more; "
             "their boxes are kept"
         )
+
+
+def drop_without_segmentation(content: Dict[str, Any], name: str) -> None:
+    """Remove annotations that have no segmentation, in place; one warning counts them."""
+    annotations = content.get("annotations", [])
+    kept = [a for a in annotations if a.get("segmentation")]
+    if len(kept) < len(annotations):
+        logger.warning(
+            f"{name}: left out {len(annotations) - len(kept)} of {len(annotations)} annotations "
+            "that have no segmentation, which MODEL.MASK_ON needs"
+        )
+        content["annotations"] = kept
 
 
 def _is_shape(segmentation: Any) -> bool:

@@ -208,6 +208,21 @@ def _decode_list(content, start: int):
     return None
 
 
+def first_images(dataset: str, count: int) -> str:
+    """Register the first images of a dataset under a name of their own; return the name."""
+    name = f"{dataset}_first_{count}"
+    if name not in DatasetCatalog.list():
+        DatasetCatalog.register(name, lambda: DatasetCatalog.get(dataset)[:count])
+        metadata = MetadataCatalog.get(dataset).as_dict()
+        dropped = ("name", "json_file")  # the evaluator writes its own JSON of what is there
+        kept = {k: v for k, v in metadata.items() if k not in dropped}
+        if metadata.get("evaluator_type") == "pascal_voc":
+            # Detectron2's own evaluator would count the whole split as missed.
+            kept.setdefault("globalkd_source", [dataset, count])
+        MetadataCatalog.get(name).set(**kept)
+    return name
+
+
 def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
     """Remove boxes that are not finite or have no area inside their image; a warning counts them.
 
@@ -243,14 +258,14 @@ def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
     if reaching:
         logger.warning(
             f"{name}: {len(reaching)} of {len(annotations)} boxes reach more than a pixel beyond "
-            "their image, and are cut off there in training (a COCO box is x, y, width, height), "
-            f"in {_named(reaching)}"
+            "their image, and are cut off there in training"
+            f"{' (a COCO box is x, y, width, height)' * any(is_xywh)}, in {_named(reaching)}"
         )
     return records
 
 
 def _named(files: List[str]) -> str:
     """How many images, and the first ones' names."""
-    images = list(dict.fromkeys(map(os.path.basename, files)))
+    images = list(dict.fromkeys(files))
     more = ", ..." if len(images) > IMAGES_NAMED_IN_WARNING else ""
     return f"{len(images)} images: {', '.join(images[:IMAGES_NAMED_IN_WARNING])}{more}"

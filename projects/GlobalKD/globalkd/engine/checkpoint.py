@@ -8,22 +8,24 @@ import os
 import shutil
 import zipfile
 from textwrap import shorten
-from typing import Callable
+from typing import Callable, List, Optional
 
 import torch
 
-from ..safe_loading import SafeCheckpointer
+from ..safe_loading import ReportingCheckpointer
 
 #: What is being written has this name until it is complete. One name: a killed run leaves at most
 #: one such file, and the next save overwrites it.
 _PARTIAL = "checkpoint.partial"
 
 
-class AtomicCheckpointer(SafeCheckpointer):
-    """`SafeCheckpointer` whose files are complete at every moment.
+class AtomicCheckpointer(ReportingCheckpointer):
+    """`SafeCheckpointer` whose files are complete at every moment, and whole where it resumes.
 
     A run may be killed while it saves: `last_checkpoint` then still names the checkpoint before.
     """
+
+    _resumed = ""  # the file from which the run goes on, while it is loaded
 
     def save(self, name: str, **kwargs) -> None:
         """Write the model and the checkpointables to `{name}.pth`, then name it in last_checkpoint.
@@ -65,11 +67,18 @@ class AtomicCheckpointer(SafeCheckpointer):
                 "with --resume."
             ) from error
 
-    def load(self, path: str, *args, **kwargs):
-        if path and path == self.get_checkpoint_file():
+    def load(self, path: str, checkpointables: Optional[List[str]] = None):
+        """As in Detectron2; `checkpointables` is [] where a run starts from a file.
+
+        Raises:
+            ValueError: a checkpoint that is resumed is damaged, or of another detector or run.
+        """
+        last = bool(path) and path == self.get_checkpoint_file()
+        if last:
             _check_whole(path)
+        self._resumed = path if last and checkpointables is None else ""
         try:
-            return super().load(path, *args, **kwargs)
+            return super().load(path, checkpointables)
         except ValueError as error:
             if "parameter group" not in str(error):
                 raise
@@ -86,6 +95,16 @@ class AtomicCheckpointer(SafeCheckpointer):
                 "such as LOSSES. Resume it with its own keys, or train into another OUTPUT_DIR. "
                 f"{shorten(str(error), 500)}"
             ) from error
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        if self._resumed and self.unfilled:  # before anything else of the checkpoint is loaded
+            raise ValueError(
+                f"{self._resumed} cannot be resumed: another detector wrote it. It "
+                f"{self.describe_unfilled('this detector')}. Resume with the configuration that it "
+                "was trained with, or train into another OUTPUT_DIR."
+            )
+        return incompatible
 
 
 def _sync_folder(folder: str) -> None:

@@ -89,6 +89,8 @@ class FastCOCOEvaluator(COCOEvaluator):
     """
 
     def __init__(self, dataset_name: str, **kwargs):
+        # What an earlier run converted to COCO's format may be of other data.
+        kwargs.setdefault("allow_cached_coco", False)
         super().__init__(dataset_name, use_fast_impl=False, **kwargs)
         require_images(len(self._coco_api.imgs), dataset_name)
         require_integer_ids(list(self._coco_api.imgs), dataset_name)
@@ -98,13 +100,49 @@ class FastCOCOEvaluator(COCOEvaluator):
             annotation["id"] = number
             annotation.setdefault("iscrowd", 0)  # many files lack this and the area
             annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        self._index()
+
+    def _index(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
 
     def _eval_predictions(self, predictions, img_ids=None):
+        self._leave_out_other_classes(predictions)
+        if any("segmentation" in x for image in predictions for x in image["instances"]):
+            self._leave_out_boxes_without_mask()
         # Detectron2 takes its fast COCOeval from a module variable; exchanged for this call only.
         with mock.patch.object(detectron2_coco, "COCOeval_opt", FastestCOCOeval):
             super()._eval_predictions(predictions, img_ids)
+
+    def _leave_out_other_classes(self, predictions: List[dict]) -> None:
+        """Remove what a detector with more classes than the dataset found of the others."""
+        labels = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        count = 0
+        for image in predictions if labels else ():
+            known = [x for x in image["instances"] if x["category_id"] < len(labels)]
+            count += len(image["instances"]) - len(known)
+            image["instances"] = known
+        if count:
+            logger.warning(
+                f"{self._metadata.name}: left out {count} detections of classes that the dataset "
+                f"does not have; it has {len(labels)}."
+            )
+
+    def _leave_out_boxes_without_mask(self) -> None:
+        """Where masks are evaluated: COCO's metric needs one of every annotation."""
+        content, name = self._coco_api.dataset, self._metadata.name
+        annotations = content.get("annotations", [])
+        masked = [a for a in annotations if a.get("segmentation")]
+        if not masked:
+            logger.warning(f"{name} has no segmentations: boxes are evaluated, and no masks.")
+            self._tasks = ("bbox",)
+        elif len(masked) < len(annotations):
+            logger.warning(
+                f"{name}: left out {len(annotations) - len(masked)} of {len(annotations)} "
+                "annotations, which have no segmentation, in the evaluation of boxes and masks."
+            )
+            content["annotations"] = masked
+            self._index()
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         coco_eval = coco_eval or _evaluate_nothing(self._coco_api, iou_type)

@@ -36,37 +36,50 @@ class StepSeed(HookBase):
         seed_all(*key)
 
 
-class CheckpointSaver(HookBase):
-    """Save periodically, after the last step, and where a signal asks to stop.
+class StopSignals:
+    """A context in which SIGTERM and SIGINT (Ctrl-C) are noted instead of ending the process.
 
-    SIGTERM and SIGINT (Ctrl-C) let the running step end; then the state is saved and the process
-    ends with code 128 + the signal's number. One process that got the signal is enough. Part of
-    the work of saving is done by all processes: each one needs this hook.
+    Attributes:
+        asked: the number of the first one that came; 0 for none.
     """
 
-    def __init__(self, period: int):
-        """
-        Args:
-            period: iterations between two saves; SOLVER.CHECKPOINT_PERIOD.
-        """
-        self.period = period
-        self._asked = 0
+    def __init__(self):
+        self.asked = 0
         self._handlers = {}
 
-    def before_train(self):
+    def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others must not set handlers
             self._handlers = {n: signal.signal(n, self._ask) for n in STOP_SIGNALS}
+        return self
 
-    def after_train(self):
+    def __exit__(self, *_error):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        self._asked = self._asked or number
+        self.asked = self.asked or number
+
+
+class CheckpointSaver(HookBase):
+    """Save periodically, after the last step, and where a signal asks to stop.
+
+    A signal lets the running step end; then the state is saved and the process ends with code 128 +
+    the signal's number. One process that got the signal is enough. Part of the work of saving is
+    done by all processes: each one needs this hook.
+    """
+
+    def __init__(self, period: int, signals: StopSignals):
+        """
+        Args:
+            period: iterations between two saves; SOLVER.CHECKPOINT_PERIOD.
+            signals: the context of the training.
+        """
+        self.period = period
+        self.signals = signals
 
     def after_step(self):
         iteration = self.trainer.iter
-        asked = max(comm.all_gather(self._asked))
+        asked = max(comm.all_gather(self.signals.asked))
         if asked or (iteration + 1) % self.period == 0:
             self._save(f"model_{iteration:07d}")
         if iteration + 1 >= self.trainer.max_iter:

@@ -5,7 +5,7 @@ which the data and the random numbers of every step follow, and what each proces
 """
 
 import logging
-from typing import Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.utils import comm
@@ -26,16 +26,22 @@ class RunState:
     Attributes:
         seed: of the run; once loaded, that of the checkpoint.
         goes_on: whether a checkpoint was loaded from whose seed the data and random numbers follow.
+        changed: of the settings, those that were others when it was written: key -> value then.
     """
 
-    def __init__(self, model: nn.Module, seed: Optional[int]):
+    def __init__(
+        self, model: nn.Module, seed: Optional[int], settings: Optional[Dict[str, Any]] = None
+    ):
         """
         Args:
             model: the detector, without a wrapper.
             seed: None where steps do not follow from a seed.
+            settings: plain values by their keys, to compare at a resume.
         """
         self.model = model
         self.seed = seed
+        self.settings = settings or {}
+        self.changed: Dict[str, Any] = {}
         self.goes_on = False
         self._collected: List[dict] = []
 
@@ -52,11 +58,14 @@ class RunState:
 
     def state_dict(self) -> dict:
         collected, self._collected = self._collected, []
-        return {"seed": self.seed, "processes": collected or [self._own()]}
+        processes = collected or [self._own()]
+        return {"seed": self.seed, "settings": self.settings, "processes": processes}
 
     def load_state_dict(self, state: dict) -> None:
         if self.seed is not None and state["seed"] is not None:
             self.seed, self.goes_on = state["seed"], True
+        before = state.get("settings", {})  # older checkpoints have none
+        self.changed = {k: before[k] for k, v in self.settings.items() if before.get(k, v) != v}
         processes, rank = state["processes"], comm.get_rank()
         if len(processes) != comm.get_world_size():
             logger.warning(

@@ -5,18 +5,15 @@ The same trainer trains a teacher, a plain student and a distilled one; the conf
 
 import logging
 import os
-import re
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     DatasetMapper,
-    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
@@ -27,6 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from ..data.config_checks import check_classes, check_data
+from ..data.registration import first_images
 from ..data.resumable_loader import ResumableLoader, shield_workers
 from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
 from ..distiller import Distiller
@@ -39,32 +37,21 @@ from .hooks import (
     PrototypeRefresh,
     SkippedSteps,
     StepSeed,
+    StopSignals,
     TeacherEvaluation,
     UnreadableImageCount,
 )
 from .launching import is_connection_lost
+from .run_checks import HOLDS_A_RUN, check_output, scale_to_processes
 from .run_state import RunState
 from .wandb_writer import WandbWriter
 
 logger = logging.getLogger(__name__)
 
-HOLDS_A_RUN = (
-    "OUTPUT_DIR {} holds a run already: without --resume its checkpoints of the same names are "
-    "replaced, and metrics.json goes on behind its records."
-)
-
-
-def check_output(cfg: CfgNode) -> None:
-    """Raise a ValueError where a training would write its checkpoints over its teacher's."""
-    teacher = cfg.MODEL.GLOBALKD.TEACHER.WEIGHTS
-    folder, name = os.path.split(teacher)
-    same = os.path.realpath(folder) == os.path.realpath(cfg.OUTPUT_DIR)
-    if cfg.MODEL.GLOBALKD.ENABLED and same and re.fullmatch(r"model_(final|\d+)\.pth", name):
-        raise ValueError(
-            f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) is where the teacher's weights lie "
-            f"(MODEL.GLOBALKD.TEACHER.WEIGHTS {teacher!r}): the student's would replace them. Give "
-            "the run another OUTPUT_DIR."
-        )
+#: What a resumed run is told of if it has changed: what the order of the images follows from, and
+#: what comes from the checkpoint in any case.
+OF_THE_DATA = ("DATASETS.TRAIN", "SOLVER.IMS_PER_BATCH")
+OF_THE_OPTIMIZER = ("SOLVER.BASE_LR", "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY")
 
 
 class DistillTrainer(DefaultTrainer):
@@ -75,6 +62,8 @@ class DistillTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        self.stop_signals = StopSignals()
+        cfg = scale_to_processes(cfg, comm.get_world_size())
         check_output(cfg)
         check_data(cfg)  # before anything that takes long
         if self._evaluates_by_itself():
@@ -83,7 +72,9 @@ class DistillTrainer(DefaultTrainer):
         with _own_parts(cfg):
             super().__init__(cfg)
         model = getattr(self.model, "module", self.model)
-        self.run_state = RunState(model, self.data_loader.seed if self._is_exact() else None)
+        seed = self.data_loader.seed if self._is_exact() else None
+        settings = {key: _value(cfg, key) for key in (*OF_THE_DATA, *OF_THE_OPTIMIZER)}
+        self.run_state = RunState(model, seed, settings)
         if cfg.DATALOADER.EXACT_RESUME and not self._is_exact():
             logger.warning(
                 f"DATALOADER.EXACT_RESUME has no effect: {type(self).__name__} has a training "
@@ -133,7 +124,8 @@ class DistillTrainer(DefaultTrainer):
         hooks = [h for h in super().build_hooks() if not isinstance(h, PeriodicCheckpointer)]
         # Before the evaluation, as in Detectron2: a checkpoint is there if evaluation fails.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks.insert(place, CheckpointSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+        saver = CheckpointSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD, self.stop_signals)
+        hooks.insert(place, saver)
         return [*first, *hooks]
 
     def train(self):
@@ -141,7 +133,7 @@ class DistillTrainer(DefaultTrainer):
         # last bits. On the CPU, where a resumed run equals to the bit, it must not.
         exact = self._is_exact() and self.cfg.MODEL.DEVICE == "cpu"
         try:
-            with torch.jit.optimized_execution(not exact):
+            with torch.jit.optimized_execution(not exact), self.stop_signals:
                 return super().train()
         except RuntimeError as error:
             if not is_connection_lost(error):
@@ -240,11 +232,26 @@ class DistillTrainer(DefaultTrainer):
             return
         if self._is_exact():
             self.data_loader.start_at(self.start_iter, self.run_state.seed)
-        if self.run_state.goes_on:
+        changed = self.run_state.changed
+        for key, before in changed.items():
+            logger.warning(
+                f"{key} is {_value(self.cfg, key)}; it was {before} when the checkpoint was "
+                f"written{', and the optimizer keeps that' * (key in OF_THE_OPTIMIZER)}."
+            )
+        if self.run_state.goes_on and any(key in changed for key in OF_THE_DATA):
+            how = "The images are not those of a run without an interruption."
+        elif self.run_state.goes_on:
             how = "Data and random numbers go on as if the run had not been interrupted."
         else:
             how = "The order of the data starts anew: DATALOADER.EXACT_RESUME is or was off."
         logger.info(f"Resumed at iteration {self.start_iter}. {how}")
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    """A key's value; a tuple as a list, which is what a file gives back."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return list(cfg) if isinstance(cfg, tuple) else cfg
 
 
 def _is_of_nothing(error: AssertionError) -> bool:
@@ -267,18 +274,3 @@ def _own_parts(cfg: CfgNode) -> Iterator[None]:
         mock.patch.object(defaults, "DetectionCheckpointer", checkpointer),
     ):
         yield
-
-
-def first_images(dataset: str, count: int) -> str:
-    """Register the first images of a dataset under a name of their own; return the name."""
-    name = f"{dataset}_first_{count}"
-    if name not in DatasetCatalog.list():
-        DatasetCatalog.register(name, lambda: DatasetCatalog.get(dataset)[:count])
-        metadata = MetadataCatalog.get(dataset).as_dict()
-        dropped = ("name", "json_file")  # the evaluator writes its own JSON of what is there
-        kept = {k: v for k, v in metadata.items() if k not in dropped}
-        if metadata.get("evaluator_type") == "pascal_voc":
-            # Detectron2's own evaluator would count the whole split as missed.
-            kept.setdefault("globalkd_source", [dataset, count])
-        MetadataCatalog.get(name).set(**kept)
-    return name

@@ -4,11 +4,13 @@ Whatever is chosen here, the maps are the same up to the rounding of the precisi
 """
 
 import copy
+import logging
 from typing import Callable, Dict, Optional
 
 import torch
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone import FPN, ResNet
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from .cuda_graphs import GraphedBackbone
@@ -97,3 +99,25 @@ def is_resnet(backbone: nn.Module) -> bool:
     if type(backbone) is FPN:
         backbone = backbone.bottom_up
     return type(backbone) is ResNet
+
+
+def is_safe_in_bf16(images: Tensor, coarsest_stride: int) -> bool:
+    """Whether a backbone may run in bf16 on images of this size; a warning says if not.
+
+    On a CPU, PyTorch's 3x3 convolutions of stride 2 are wrong in bf16 on maps of one or two columns
+    (seen in 2.15.0, with AMX): what they return depends on what the memory held before.
+
+    Args:
+        images: (N, 3, H, W), padded.
+        coarsest_stride: of the backbone's levels.
+    """
+    if images.device.type != "cpu" or images.shape[-1] > coarsest_stride:
+        return True
+    log_first_n(
+        logging.WARNING,
+        f"TEACHER.PRECISION bf16: images of {coarsest_stride} columns or less go through the "
+        "teacher's backbone in float32; PyTorch is wrong in bf16 on such small maps.",
+        key="message",
+        name=__name__,
+    )
+    return False

@@ -103,6 +103,14 @@ def teacher_from_config(cfg: CfgNode, *, stock: bool = False) -> Teacher:
     )
 
 
+def teacher_weights(cfg: CfgNode) -> str:
+    """The checkpoint of the teacher that a student's config describes; "" for random weights."""
+    node = cfg.MODEL.GLOBALKD.TEACHER
+    if node.WEIGHTS or node.ALLOW_RANDOM_WEIGHTS:
+        return node.WEIGHTS
+    return _default_weights(node.CONFIG_FILE, teacher_config(node.CONFIG_FILE, node.OPTS, cfg))
+
+
 def teacher_config(
     config_file: str, opts: Sequence[str] = (), like: Optional[CfgNode] = None
 ) -> CfgNode:

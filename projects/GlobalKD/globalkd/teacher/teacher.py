@@ -18,7 +18,7 @@ from ..dense_head import DenseOutputs, find_dense_head, finish_tower, tower_laye
 from ..features import record_calls
 from ..requirement import require
 from ..sparse_convolution import has_local_classes, single_logits, window_logits
-from .backbone_pass import BackbonePass
+from .backbone_pass import BackbonePass, is_safe_in_bf16
 from .box_head import box_head_logits
 from .cutting import cut_backbone
 from .side_stream import SideStream
@@ -155,7 +155,9 @@ class Teacher:
         if self.input_scale != 1:
             batched_inputs = [{**x, "image": self._rescale(x["image"])} for x in batched_inputs]
         images = self.model.preprocess_image(batched_inputs).tensor
-        with self._own_precision():
+        coarsest = max(x.stride for x in self.output_shape.values())
+        safe = self.precision != "bf16" or is_safe_in_bf16(images, coarsest)
+        with self._own_precision() if safe else nullcontext():
             maps = self._backbone(images)
         return {name: self._own_copy(maps[name]) for name in self._levels}
 

@@ -14,7 +14,8 @@ from typing import Callable, Optional, Tuple
 from detectron2.config import CfgNode
 from torch import nn
 
-from ...engine.trainer import HOLDS_A_RUN, DistillTrainer, check_output
+from ...engine.run_checks import HOLDS_A_RUN, check_output, scale_to_processes
+from ...engine.trainer import DistillTrainer
 from ..runs import is_distilled
 from .cost import check_cost
 from .data import check_datasets, register_each
@@ -44,11 +45,19 @@ def check_run(
     report = CheckReport(echo)
     num_gpus = max(num_gpus, 1)  # 0 is one process, as it is for train_net.py
     cfg = cfg.clone()
+    with report.part("SOLVER.REFERENCE_WORLD_SIZE"):
+        cfg = scale_to_processes(cfg, num_gpus)
     cfg.defrost()
     with report.log_warnings(), tempfile.TemporaryDirectory() as folder:
         check_settings(cfg, report)
+        if cfg.SOLVER.IMS_PER_BATCH % num_gpus:
+            report.problem(
+                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
+                f"number of processes, here {num_gpus}, since each takes its share."
+            )
         cfg.OUTPUT_DIR = folder
         cfg.WANDB.ENABLED = False  # a check is no run that one wants to see there
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = 0  # its part is done
         cfg.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // num_gpus, 1)
         for error in register_each(cfg):
             report.problem(f"Datasets: {error}")

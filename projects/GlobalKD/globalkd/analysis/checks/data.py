@@ -1,5 +1,6 @@
 """What the datasets of a configuration hold, before anything is trained on them."""
 
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Dict, List
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 from tabulate import tabulate
 
 from ...data import register_datasets
@@ -25,6 +27,8 @@ from .report import CheckReport, shortened
 DATASET_KEYS = ("COCO", "VOC")
 #: Longer tables of classes are cut to the rarest ones.
 CLASSES_SHOWN = 25
+#: Images of a dataset that are opened, to see how they store their values.
+IMAGES_OPENED = 100
 
 
 @dataclass
@@ -34,6 +38,7 @@ class DatasetSummary:
     Attributes:
         images, empty_images: their number, and of those without a box.
         missing: image files that are not there.
+        deep: of at most `IMAGES_OPENED` images, evenly spaced, those with more than 8 bits a value.
         instances: class name -> its boxes without crowds and difficult ones.
         candidates: of those, how many are large enough to become prototypes.
     """
@@ -42,6 +47,7 @@ class DatasetSummary:
     images: int = 0
     empty_images: int = 0
     missing: List[str] = field(default_factory=list)
+    deep: List[str] = field(default_factory=list)
     instances: Dict[str, int] = field(default_factory=dict)
     candidates: Dict[str, int] = field(default_factory=dict)
 
@@ -74,12 +80,23 @@ def summarize_dataset(name: str, *, num_classes: int, min_box_size: float) -> Da
     summary = DatasetSummary(name, images=len(records))
     summary.empty_images = sum(not record.get("annotations") for record in records)
     summary.missing = [r["file_name"] for r in records if not os.path.exists(r["file_name"])]
+    files = [r["file_name"] for r in records[:: math.ceil(len(records) / IMAGES_OPENED) or 1]]
+    summary.deep = [file for file in files if _is_deep(file)]
     labels = list(MetadataCatalog.get(name).get("thing_classes", []))
     labels = labels or [f"class {i}" for i in range(num_classes)]
     summary.instances, summary.candidates = (
         _count(usable_boxes(records, size).classes, labels) for size in (0.0, min_box_size)
     )
     return summary
+
+
+def _is_deep(file: str) -> bool:
+    """Whether an image's values are of 16 or 32 bits, or floats; False where it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return image.mode == "F" or image.mode.startswith("I")
+    except (OSError, ValueError):
+        return False
 
 
 def _count(label_ids: np.ndarray, labels: List[str]) -> Dict[str, int]:
@@ -161,6 +178,12 @@ def _check_dataset(summary: DatasetSummary, report: CheckReport) -> None:
         report.problem(
             f"{name}: {len(summary.missing)} of {summary.images} image files are missing, such as "
             f"{summary.missing[0]}."
+        )
+    if summary.deep:
+        report.warn(
+            f"{name}: {len(summary.deep)} images of a sample have more than 8 bits a value, such "
+            f"as {summary.deep[0]}: Detectron2 reads every value above 255 as white. Convert them "
+            "to 8 bits, or read them by a mapper of your own."
         )
     absent = [label for label, count in summary.instances.items() if count == 0]
     if absent:

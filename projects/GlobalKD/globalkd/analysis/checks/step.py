@@ -16,7 +16,8 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ...engine.trainer import DistillTrainer, first_images
+from ...data.registration import first_images
+from ...engine.trainer import DistillTrainer
 from ...features import record_outputs
 
 

@@ -1,0 +1,61 @@
+"""What must hold before a run begins, and what its number of processes makes of its schedule.
+
+Not here: the datasets (`data/config_checks`), the keys (`config_reading`), the pair of detectors
+(`pairing`).
+"""
+
+import os
+import re
+from contextlib import suppress
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+
+from ..teacher.building import teacher_weights
+
+HOLDS_A_RUN = (
+    "OUTPUT_DIR {} holds a run already: without --resume its checkpoints of the same names are "
+    "replaced, and metrics.json goes on behind its records."
+)
+
+
+def check_output(cfg: CfgNode) -> None:
+    """Raise a ValueError where a training would write its checkpoints over its teacher's."""
+    teacher = ""
+    if cfg.MODEL.GLOBALKD.ENABLED:
+        # A teacher's config that cannot be read is an error where the teacher is built.
+        with suppress(FileNotFoundError, ValueError):
+            teacher = teacher_weights(cfg)
+    folder, name = os.path.split(teacher)
+    same = os.path.realpath(folder) == os.path.realpath(cfg.OUTPUT_DIR)
+    if same and re.fullmatch(r"model_(final|\d+)\.pth", name):
+        raise ValueError(
+            f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) is where the teacher's weights lie ({teacher}): the "
+            "student's would replace them. Give the run another OUTPUT_DIR."
+        )
+
+
+def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
+    """What SOLVER.REFERENCE_WORLD_SIZE asks for, of Detectron2's keys and of the distillation's.
+
+    Returns:
+        The config itself where nothing is to be scaled, else another one.
+
+    Raises:
+        ValueError: SOLVER.IMS_PER_BATCH is no multiple of SOLVER.REFERENCE_WORLD_SIZE.
+    """
+    solver = cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE, {solver.REFERENCE_WORLD_SIZE}."
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, num_processes)
+    if scaled is not cfg:
+        scaled.defrost()
+        for key in ("WARMUP_ITERS", "STOP_ITER"):
+            iterations = cfg.MODEL.GLOBALKD[key] * solver.REFERENCE_WORLD_SIZE / num_processes
+            scaled.MODEL.GLOBALKD[key] = round(iterations)
+        if cfg.is_frozen():
+            scaled.freeze()
+    return scaled
