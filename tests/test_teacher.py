@@ -16,6 +16,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
+from toy_step import toy_step
 
 from globalkd.data import register_datasets
 from globalkd.distiller import Distiller
@@ -269,6 +270,22 @@ def test_dense_logits_are_ordered_like_the_anchors():
     assert logits.shape == (2, sum(len(a) for a in anchors), 10)
     with pytest.raises(AssertionError, match="padded to different sizes"):
         teacher.dense_outputs(features, [Boxes(a.tensor[:-3]) for a in anchors])
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_logits_at_some_rows_are_those_of_all(count):
+    context = toy_step()
+    dense = context.student_dense
+    num_rows = len(context.candidates.labels)
+    rows = torch.randint(0, num_rows, (count,), generator=torch.Generator().manual_seed(count))
+    if count > 2:
+        rows[:3] = torch.tensor([0, num_rows - 1, num_rows - 1])  # a row may stand twice
+    results = []
+    for logits in (dense.logits_at(rows), dense.flat_logits.flatten(0, 1)[rows]):
+        gradients = torch.autograd.grad(logits.square().sum(), list(dense.logits.values()))
+        results.append([logits, *gradients])
+    for ours, theirs in zip(*results):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_teacher_is_frozen_whatever_it_was():

@@ -3,7 +3,7 @@
 64 x 64 images, levels p3 and p4 (8 x 8 and 4 x 4 cells), 2 anchors a cell, 4 classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -29,8 +29,15 @@ DEPTH, HIDDEN = 3, 3
 class ToyCandidates(Candidates):
     """Rows whose teacher's logits are given."""
 
+    logits: torch.Tensor = None
     teacher: torch.Tensor = None
     one_stage: bool = True
+
+    def student_logits(self, context, rows=None):
+        return self.logits if rows is None else self.logits[rows]
+
+    def aliased(self, alias):
+        return replace(self, logits=alias(self.logits))
 
     def teacher_logits(self, context, rows=None):
         return self.teacher if rows is None else self.teacher[rows]
@@ -199,7 +206,9 @@ def _anchors(dense, teacher, ground_truth, order):
         rows=rows,
     )
     logits = [x.flat_logits.flatten(0, 1) for x in (dense, teacher)]
-    candidates = ToyCandidates(logits[0], labels.flatten(), NORMALIZER, teacher=logits[1].detach())
+    candidates = ToyCandidates(
+        labels.flatten(), NORMALIZER, logits=logits[0], teacher=logits[1].detach()
+    )
     return candidates, positives
 
 
@@ -216,10 +225,10 @@ def _proposals(ground_truth, num_images, generator, order, equal, fills):
     )
     ours, theirs = (fill(x) if fill else x for fill, x in zip(fills, (ours, theirs)))
     candidates = ToyCandidates(
-        ours.requires_grad_(),
         labels,
         len(labels),
         one_stage=False,
+        logits=ours.requires_grad_(),
         teacher=ours.detach() if equal else theirs,
     )
     rows = torch.arange(len(twice))[_permutation(len(twice), order)]

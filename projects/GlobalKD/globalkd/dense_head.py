@@ -154,6 +154,22 @@ class DenseOutputs:
         """(N, sum of H W A, C), in the order of `flat_anchors`."""
         return _flat(self.logits)
 
+    def logits_at(self, rows: Tensor) -> Tensor:
+        """(M, C) of (M,) rows of `flat_logits` over all images, without a copy of all of them."""
+        shapes = [x.shape for x in self.logits.values()]
+        counts = [height * width * num_anchors for _, height, width, num_anchors, _ in shapes]
+        image, place = rows // sum(counts), rows % sum(counts)
+        found, start = 0, 0
+        for x, count, (_, _, width, num_anchors, _) in zip(self.logits.values(), counts, shapes):
+            # Every row on every level, as its number is known: which are there would be waited for.
+            here = (place >= start) & (place < start + count)
+            own = (place - start).clamp(0, count - 1)
+            cell, anchor = own // num_anchors, own % num_anchors
+            values = x[image, cell // width, cell % width, anchor]
+            found = found + values.where(here[:, None], 0)
+            start += count
+        return found
+
     @cached_property
     def flat_deltas(self) -> Tensor:
         """(N, sum of H W A, 4), in the order of `flat_anchors`."""

@@ -5,8 +5,8 @@ In evaluation, and without a distiller, they are the stock detectors.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, Iterator, List, Optional, Tuple
+from dataclasses import dataclass, replace
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Tuple
 from unittest import mock
 
 import torch
@@ -30,13 +30,21 @@ class ProposalCandidates(Candidates):
     """The student's sampled proposals.
 
     Attributes:
+        logits: (B, C), with gradient.
         boxes: (B, 4) XYXY_ABS in input pixels.
         image_index: (B,) int64, ascending.
     """
 
+    logits: Tensor
     boxes: Tensor
     image_index: Tensor
     one_stage: ClassVar[bool] = False
+
+    def student_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
+        return self.logits if rows is None else self.logits[rows]
+
+    def aliased(self, alias: Callable[[Tensor], Tensor]) -> "ProposalCandidates":
+        return replace(self, logits=alias(self.logits))
 
     def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
         boxes, image = self.boxes, self.image_index
@@ -49,14 +57,18 @@ class ProposalCandidates(Candidates):
 
 @dataclass
 class AnchorCandidates(Candidates):
-    """All anchors of all images, image by image."""
+    """All anchors of all images, image by image: the student's logits are in its dense outputs."""
 
     one_stage: ClassVar[bool] = True
+
+    def student_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
+        dense = context.student_dense
+        return dense.flat_logits.flatten(0, 1) if rows is None else dense.logits_at(rows)
 
     def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
         apart = rows is not None and not context.dense_read
         if apart and context.teacher.scores_single_anchors:
-            return context.teacher.anchor_logits(context.teacher_features, rows, len(self.logits))
+            return context.teacher.anchor_logits(context.teacher_features, rows, len(self.labels))
         logits = context.teacher_dense.flat_logits.flatten(0, 1)
         return logits if rows is None else logits[rows]
 
@@ -135,7 +147,7 @@ class DistillMixin:
             dense = DenseOutputs.collect(
                 dense, recorded["anchors"], *recorded["dense_head"], recorded["hidden"]
             )
-        candidates, positives = self._scored(recorded, dense)
+        candidates, positives = self._scored(recorded)
         return StudentOutputs(recorded["backbone"], candidates, positives, dense)
 
 
@@ -188,9 +200,7 @@ class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
         ):
             yield recorded
 
-    def _scored(
-        self, recorded: Dict[str, Any], _dense: Optional[DenseOutputs]
-    ) -> Tuple[ProposalCandidates, Positives]:
+    def _scored(self, recorded: Dict[str, Any]) -> Tuple[ProposalCandidates, Positives]:
         if "sampled" not in recorded or not isinstance(recorded.get("box_predictor"), tuple):
             raise ValueError(
                 f"{type(self.roi_heads).__name__} cannot be distilled: in training its `forward` "
@@ -216,7 +226,7 @@ class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
             rows=rows,
         )
         count = max(len(classes), 1)
-        return ProposalCandidates(logits, classes, count, boxes, image_index), positives
+        return ProposalCandidates(classes, count, logits, boxes, image_index), positives
 
     def _strides(self, boxes: Tensor) -> Tensor:
         """(M,) stride of the level from which the box head pools each box."""
@@ -250,9 +260,7 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
         ):
             yield recorded
 
-    def _scored(
-        self, recorded: Dict[str, Any], dense: DenseOutputs
-    ) -> Tuple[AnchorCandidates, Positives]:
+    def _scored(self, recorded: Dict[str, Any]) -> Tuple[AnchorCandidates, Positives]:
         anchors, gt_labels, gt_boxes = recorded["losses"]
         num_anchors = len(gt_labels[0])
         labels = torch.cat(gt_labels)
@@ -270,5 +278,4 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
             strides=torch.cat(level_strides)[anchor].float(),
             rows=rows,
         )
-        logits = dense.flat_logits.flatten(0, 1)
-        return AnchorCandidates(logits, labels, self.loss_normalizer), positives
+        return AnchorCandidates(labels, self.loss_normalizer), positives

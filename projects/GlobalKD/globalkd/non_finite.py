@@ -76,7 +76,7 @@ class NonFiniteLosses:
         return replace(
             student,
             features=aliases(student.features),
-            candidates=replace(student.candidates, logits=alias(student.candidates.logits)),
+            candidates=student.candidates.aliased(alias),
             dense=dense,
         )
 

@@ -198,7 +198,7 @@ class DistillContext:
         ones = torch.ones_like(candidates.labels, dtype=torch.float32)
         weight = self._positive_reliability().float()
         return Responses(
-            student=candidates.logits,
+            student=candidates.student_logits(self),
             teacher=candidates.teacher_logits(self).detach(),
             labels=candidates.labels,
             reliability=ones.index_copy(0, self.positives.rows, weight),
@@ -215,7 +215,7 @@ class DistillContext:
         else:
             teacher = self.candidates.teacher_logits(self, rows).detach()
         return Responses(
-            student=self.candidates.logits[rows],
+            student=self.candidates.student_logits(self, rows),
             teacher=teacher,
             labels=self.positives.classes,
             reliability=self._positive_reliability(),

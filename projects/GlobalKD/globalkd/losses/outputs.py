@@ -9,7 +9,7 @@ of a row (K, or K + 1 with background last).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Dict, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, ClassVar, Dict, Optional, Sequence
 
 import torch
 from detectron2.structures import Instances
@@ -85,13 +85,11 @@ class Candidates(ABC):
     """Everything that the student's class head scored: its sampled proposals, or all anchors.
 
     Attributes:
-        logits: (B, C) the student's, with gradient.
         labels: (B,) int64: a class in [0, K), K for background, -1 where the detector ignores it.
         normalizer: what a sum over all rows is divided by, as the detector divides its own: their
             number, or of anchors the running mean of the number of positives.
     """
 
-    logits: Tensor
     labels: Tensor
     normalizer: float
 
@@ -99,8 +97,16 @@ class Candidates(ABC):
     one_stage: ClassVar[bool]
 
     @abstractmethod
+    def student_logits(self, context: "DistillContext", rows: Optional[Tensor] = None) -> Tensor:
+        """The student's logits (B, C) of all rows, or (M, C) of the given ones; with gradient."""
+
+    @abstractmethod
     def teacher_logits(self, context: "DistillContext", rows: Optional[Tensor] = None) -> Tensor:
         """The teacher's logits for all rows, or for the given ones; without gradient."""
+
+    def aliased(self, alias: Callable[[Tensor], Tensor]) -> "Candidates":
+        """The same, with another name for each tensor of its own that has a gradient."""
+        return self
 
 
 @dataclass
