@@ -8,6 +8,7 @@ from conftest import ROOT
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from globalkd.config_reading import load_config
 from globalkd.data import register_datasets
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -58,6 +59,20 @@ def test_files_named_in_commands_exist(page):
     named = re.findall(r"\b((?:configs|tools|docs)/[\w./-]+\.(?:yaml|py|md))", text)
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_the_configurations_on_a_page_can_be_read(page, tmp_path):
+    blocks = re.findall(
+        r"```yaml\n# (my_\w+\.yaml).*?\n(.*?)```", (ROOT / page).read_text(), re.DOTALL
+    )
+    for name, text in blocks:
+        (tmp_path / name).write_text(text.replace('"configs/', f'"{ROOT}/configs/'))
+    cfgs = {name: load_config(str(tmp_path / name)) for name, _ in blocks}
+    assert cfgs["my_student.yaml"].MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert {cfg.OUTPUT_DIR for cfg in cfgs.values()} == {name[:-5] for name in cfgs}
+    for name, cfg in cfgs.items():
+        assert (name == "my_distilled.yaml") == cfg.MODEL.META_ARCHITECTURE.startswith("Distill")
 
 
 def test_the_worked_example_of_a_loss_trains(tiny_cfg, batch):

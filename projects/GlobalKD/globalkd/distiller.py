@@ -165,6 +165,7 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> Teacher:
+        """The frozen detector; no submodule: checkpoints and optimizers do without it."""
         return self._teacher[0]
 
     def _apply(self, fn, *args, **kwargs):

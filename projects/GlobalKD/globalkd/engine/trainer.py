@@ -95,6 +95,7 @@ class DistillTrainer(DefaultTrainer):
 
     @property
     def distiller(self) -> Optional[Distiller]:
+        """The model's; None for a teacher or a plain student."""
         model = getattr(self.model, "module", self.model)
         return getattr(model, "distiller", None)
 

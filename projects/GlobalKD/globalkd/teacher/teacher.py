@@ -91,10 +91,12 @@ class Teacher:
 
     @property
     def output_shape(self):
+        """Level name -> Detectron2's ShapeSpec (channels, stride), of all levels of the backbone."""
         return self.model.backbone.output_shape()
 
     @property
     def num_classes(self) -> int:
+        """K; a ValueError where its heads score no classes."""
         heads = getattr(self.model, "roi_heads", self.model)
         if not hasattr(heads, "num_classes"):
             raise ValueError(
