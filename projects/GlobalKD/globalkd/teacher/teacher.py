@@ -91,7 +91,7 @@ class Teacher:
 
     @property
     def output_shape(self):
-        """Level name -> Detectron2's ShapeSpec (channels, stride), of all levels of the backbone."""
+        """Level name -> Detectron2's ShapeSpec (channels, stride), of all levels."""
         return self.model.backbone.output_shape()
 
     @property
