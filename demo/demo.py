@@ -71,10 +71,10 @@ def list_images(inputs):
         path = Path(name).expanduser()
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
-            deeper = sum(p.suffix.lower() in IMAGES for p in path.rglob("*")) - len(found)
-            if found and deeper:
+            below = sum(p.suffix.lower() in IMAGES for p in path.rglob("*")) - len(found)
+            if found and below:
                 logger.warning(
-                    f"--input {name}: {deeper} images in subfolders are left out; "
+                    f"--input {name}: {below} images in subfolders are left out; "
                     f"'{name}/**/*.jpg' has them."
                 )
         else:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from toy_step import CLASSES, STRIDES, attach, close, evaluate, mean, toy_bank, toy_step
+from toy_step import CLASSES, STRIDES, attach, close, divergence, evaluate, mean, toy_bank, toy_step
 
 from globalkd.losses import CWD, DKD, FGD, MGD, PKD, ReviewKD
 from globalkd.losses.dkd import decouple
@@ -19,10 +19,6 @@ def levels_of(loss, context):
     """(name, adapted student map, teacher map) of each level, without gradient."""
     for name, teacher in context.teacher_maps.items():
         yield name, loss.adapters[name](context.student_maps[name]).detach(), teacher
-
-
-def divergence(p, q):
-    return sum(a * math.log(a / b) for a, b in zip(p, q))
 
 
 def correlation(x, y):

@@ -4,11 +4,20 @@ Eq. (5) and the "coefficients" of Eq. (8) are in `test_prototype_bank`.
 """
 
 import itertools
-import math
 
 import pytest
 from torchvision.ops import box_iou
-from toy_step import CLASSES, STRIDES, attach, close, evaluate, mean, toy_bank, toy_step
+from toy_step import (
+    CLASSES,
+    STRIDES,
+    attach,
+    close,
+    evaluate,
+    mean,
+    row_divergence,
+    toy_bank,
+    toy_step,
+)
 
 from globalkd.losses import FeatureKnowledge, GlobalKnowledge, ResponseKnowledge
 
@@ -108,10 +117,6 @@ def test_feature_knowledge_is_equation_7_and_the_background_its_complement(use_r
     close(terms["loss_kd_background"], mean(outside))
 
 
-def divergence(p, q):
-    return sum(a * math.log(a / b) for a, b in zip(p, q))
-
-
 @weighed
 @both_heads
 @pytest.mark.parametrize("reading", ["sigmoid", "softmax"])
@@ -121,14 +126,9 @@ def test_response_knowledge_is_a_weighted_divergence_of_the_positives(
     context = toy_step(one_stage=one_stage, bank=toy_bank())
     positives, candidates, terms = context.positives, context.candidates, []
     for row, candidate in enumerate(positives.rows.tolist()):
-        pair = candidates.teacher[candidate], candidates.logits[candidate].detach()
-        if one_stage and reading == "sigmoid":
-            p, q = ((x / 3.0).sigmoid().tolist() for x in pair)
-            value = sum(divergence((a, 1 - a), (b, 1 - b)) for a, b in zip(p, q))
-        else:
-            p, q = ((x / 3.0).softmax(dim=0).tolist() for x in pair)
-            value = divergence(p, q)
+        student, teacher = candidates.logits[candidate].detach(), candidates.teacher[candidate]
+        value = row_divergence(student, teacher, 3.0, one_stage and reading == "sigmoid")
         level = {s: n for n, s in STRIDES.items()}[int(positives.strides[row])]
-        terms.append(9.0 * value * (omega(context, level, row) if use_reliability else 1.0))
+        terms.append(value * (omega(context, level, row) if use_reliability else 1.0))
     loss = ResponseKnowledge(temperature=3.0, one_stage=reading, use_reliability=use_reliability)
     close(evaluate(attach(loss, context), context)["loss_kd_response"], mean(terms))

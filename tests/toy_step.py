@@ -3,6 +3,7 @@
 64 x 64 images, levels p3 and p4 (8 x 8 and 4 x 4 cells), 2 anchors a cell, 4 classes.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -296,3 +297,17 @@ def mean(values):
     """The mean of numbers; 0 of none."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
+
+
+def divergence(p, q):
+    """KL divergence of two distributions, as lists."""
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+def row_divergence(student, teacher, temperature, one_stage):
+    """T^2 KL(teacher || student) of one row of logits: of its sigmoids, summed, or its softmax."""
+    if not one_stage:
+        p, q = ((x / temperature).softmax(0).tolist() for x in (teacher, student))
+        return temperature**2 * divergence(p, q)
+    p, q = ((x / temperature).sigmoid().tolist() for x in (teacher, student))
+    return temperature**2 * sum(divergence((a, 1 - a), (b, 1 - b)) for a, b in zip(p, q))

@@ -65,11 +65,9 @@ def start_student(model, cfg):
     """
     checkpointer = ReportingCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE)
     checkpointer.load(cfg.MODEL.WEIGHTS)
-    state = model.state_dict()
-    unfilled = checkpointer.unfilled if cfg.MODEL.WEIGHTS else state
-    drawn = {name: state[name].clone() for name in unfilled if name.startswith("backbone.")}
-    model.distiller.start(model)  # may inherit the teacher's pyramid
-    drawn = [name for name, value in drawn.items() if state[name].equal(value)]
+    unfilled = checkpointer.unfilled if cfg.MODEL.WEIGHTS else model.state_dict()
+    inherited = model.distiller.start(model)
+    drawn = sorted({x for x in unfilled if x.startswith("backbone.")} - set(inherited))
     if drawn:
         raise ValueError(
             f"MODEL.WEIGHTS ({cfg.MODEL.WEIGHTS!r}) leaves {len(drawn)} entries of the student's "

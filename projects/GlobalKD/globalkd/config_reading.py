@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+from operator import attrgetter
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -175,12 +176,11 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
 
 def _kind(cfg: CfgNode, key: str) -> str:
     """What a key's value must be, in words."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    if isinstance(cfg, CfgNode):
-        return f"a group of keys, such as {', '.join(list(cfg)[:3])}"
-    kind = type(cfg).__name__
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}, such as {cfg!r}"
+    value = attrgetter(key)(cfg)
+    if isinstance(value, CfgNode):
+        return f"a group of keys, such as {', '.join(list(value)[:3])}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}, such as {value!r}"
 
 
 def _nearest(cfg: CfgNode, key: str) -> str:

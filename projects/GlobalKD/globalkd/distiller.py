@@ -263,11 +263,14 @@ class Distiller(nn.Module):
         else:
             self.refresh(student)
 
-    def start(self, student: nn.Module) -> None:
-        """What comes once, before prototypes and the first step: inherited heads, if asked for."""
+    def start(self, student: nn.Module) -> List[str]:
+        """What comes once, before prototypes and the first step: inherited heads, if asked for.
+
+        Returns:
+            The names of the student's entries that were filled.
+        """
         self._begun = True
-        if self.inherit_teacher_heads:
-            inherit_heads(student, self.teacher.model)
+        return inherit_heads(student, self.teacher.model) if self.inherit_teacher_heads else []
 
     def load_state_dict(self, *args, **kwargs):
         # Not called where a student that holds this distiller is loaded.

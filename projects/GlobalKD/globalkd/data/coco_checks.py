@@ -85,16 +85,22 @@ def leave_out_segmentations(annotations: List[dict], name: str) -> None:
         )
 
 
-def drop_without_segmentation(content: Dict[str, Any], name: str) -> None:
-    """Remove annotations that have no segmentation, in place; one warning counts them."""
+def drop_without_segmentation(content: Dict[str, Any], name: str) -> int:
+    """Remove annotations that have no segmentation, in place; a warning tells their number.
+
+    Returns:
+        The number.
+    """
     annotations = content.get("annotations", [])
     kept = [a for a in annotations if a.get("segmentation")]
-    if len(kept) < len(annotations):
+    dropped = len(annotations) - len(kept)
+    if dropped:
         logger.warning(
-            f"{name}: left out {len(annotations) - len(kept)} of {len(annotations)} annotations "
-            "that have no segmentation, which MODEL.MASK_ON needs"
+            f"{name}: left out {dropped} of {len(annotations)} annotations that have no "
+            "segmentation, which MODEL.MASK_ON needs"
         )
         content["annotations"] = kept
+    return dropped
 
 
 def _is_shape(segmentation: Any) -> bool:

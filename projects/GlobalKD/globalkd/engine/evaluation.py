@@ -28,6 +28,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
+from ..data.coco_checks import drop_without_segmentation
 from ..data.config_checks import require_images, require_integer_ids
 
 try:
@@ -131,17 +132,10 @@ class FastCOCOEvaluator(COCOEvaluator):
     def _leave_out_boxes_without_mask(self) -> None:
         """Where masks are evaluated: COCO's metric needs one of every annotation."""
         content, name = self._coco_api.dataset, self._metadata.name
-        annotations = content.get("annotations", [])
-        masked = [a for a in annotations if a.get("segmentation")]
-        if not masked:
+        if not any(a.get("segmentation") for a in content.get("annotations", [])):
             logger.warning(f"{name} has no segmentations: boxes are evaluated, and no masks.")
             self._tasks = ("bbox",)
-        elif len(masked) < len(annotations):
-            logger.warning(
-                f"{name}: left out {len(annotations) - len(masked)} of {len(annotations)} "
-                "annotations, which have no segmentation, in the evaluation of boxes and masks."
-            )
-            content["annotations"] = masked
+        elif drop_without_segmentation(content, name):
             self._index()
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):

@@ -24,7 +24,7 @@ def check_output(cfg: CfgNode) -> None:
     teacher = ""
     if cfg.MODEL.GLOBALKD.ENABLED:
         # A teacher's config that cannot be read is an error where the teacher is built.
-        with suppress(FileNotFoundError, ValueError):
+        with suppress(FileNotFoundError, ValueError, RuntimeError):
             teacher = teacher_weights(cfg)
     folder, name = os.path.split(teacher)
     same = os.path.realpath(folder) == os.path.realpath(cfg.OUTPUT_DIR)
@@ -32,6 +32,15 @@ def check_output(cfg: CfgNode) -> None:
         raise ValueError(
             f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) is where the teacher's weights lie ({teacher}): the "
             "student's would replace them. Give the run another OUTPUT_DIR."
+        )
+
+
+def check_batch(cfg: CfgNode, num_processes: int) -> None:
+    """Raise a ValueError where the images of a step cannot be shared equally."""
+    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
+            f"number of processes, here {num_processes}, since each takes its share."
         )
 
 

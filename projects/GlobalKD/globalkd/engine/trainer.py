@@ -7,6 +7,7 @@ import logging
 import os
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any, Callable, Iterator, List, Optional
 from unittest import mock
 
@@ -42,7 +43,7 @@ from .hooks import (
     UnreadableImageCount,
 )
 from .launching import is_connection_lost
-from .run_checks import HOLDS_A_RUN, check_output, scale_to_processes
+from .run_checks import HOLDS_A_RUN, check_batch, check_output, scale_to_processes
 from .run_state import RunState
 from .wandb_writer import WandbWriter
 
@@ -169,11 +170,7 @@ class DistillTrainer(DefaultTrainer):
         Raises:
             ValueError: DATASETS.TRAIN or SOLVER.IMS_PER_BATCH does not allow it.
         """
-        if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
-                f"number of processes, here {comm.get_world_size()}, since each takes its share."
-            )
+        check_batch(cfg, comm.get_world_size())
 
         def build():
             loader = build_detection_train_loader(cfg, mapper=mapper)
@@ -250,9 +247,8 @@ class DistillTrainer(DefaultTrainer):
 
 def _value(cfg: CfgNode, key: str) -> Any:
     """A key's value; a tuple as a list, which is what a file gives back."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return list(cfg) if isinstance(cfg, tuple) else cfg
+    value = attrgetter(key)(cfg)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_of_nothing(error: AssertionError) -> bool:

@@ -211,11 +211,12 @@ class DistillContext:
         """Both detectors' class predictions on the positives; each head ran once."""
         rows = self.positives.rows
         if self.all_rows:
-            teacher = self.predictions.teacher[rows]
+            student, teacher = self.predictions.student[rows], self.predictions.teacher[rows]
         else:
+            student = self.candidates.student_logits(self, rows)
             teacher = self.candidates.teacher_logits(self, rows).detach()
         return Responses(
-            student=self.candidates.student_logits(self, rows),
+            student=student,
             teacher=teacher,
             labels=self.positives.classes,
             reliability=self._positive_reliability(),

@@ -157,9 +157,7 @@ class Teacher:
         if self.input_scale != 1:
             batched_inputs = [{**x, "image": self._rescale(x["image"])} for x in batched_inputs]
         images = self.model.preprocess_image(batched_inputs).tensor
-        coarsest = max(x.stride for x in self.output_shape.values())
-        safe = self.precision != "bf16" or is_safe_in_bf16(images, coarsest)
-        with self._own_precision() if safe else nullcontext():
+        with self._precision_for(images):
             maps = self._backbone(images)
         return {name: self._own_copy(maps[name]) for name in self._levels}
 
@@ -180,6 +178,14 @@ class Teacher:
     def _rescale(self, image: Tensor) -> Tensor:
         image = image.to(self.model.device, torch.float32)
         return _resize(image[None], self.input_scale, antialias=True)[0]
+
+    def _precision_for(self, images: Tensor):
+        """`_own_precision`, but float32 on images that are too small for bf16."""
+        if self.precision == "bf16":
+            coarsest = max(x.stride for x in self.output_shape.values())
+            if not is_safe_in_bf16(images, coarsest):
+                return torch.autocast(images.device.type, enabled=False)
+        return self._own_precision()
 
     def _own_precision(self):
         dtype = PRECISIONS[self.precision]

@@ -14,7 +14,7 @@ from typing import Callable, Optional, Tuple
 from detectron2.config import CfgNode
 from torch import nn
 
-from ...engine.run_checks import HOLDS_A_RUN, check_output, scale_to_processes
+from ...engine.run_checks import HOLDS_A_RUN, check_batch, check_output, scale_to_processes
 from ...engine.trainer import DistillTrainer
 from ..runs import is_distilled
 from .cost import check_cost
@@ -50,11 +50,8 @@ def check_run(
     cfg.defrost()
     with report.log_warnings(), tempfile.TemporaryDirectory() as folder:
         check_settings(cfg, report)
-        if cfg.SOLVER.IMS_PER_BATCH % num_gpus:
-            report.problem(
-                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "
-                f"number of processes, here {num_gpus}, since each takes its share."
-            )
+        with report.part("--num-gpus"):
+            check_batch(cfg, num_gpus)
         cfg.OUTPUT_DIR = folder
         cfg.WANDB.ENABLED = False  # a check is no run that one wants to see there
         cfg.SOLVER.REFERENCE_WORLD_SIZE = 0  # its part is done
