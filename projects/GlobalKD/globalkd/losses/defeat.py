@@ -49,6 +49,10 @@ class DeFeat(DistillLoss):
     Defaults: those of the authors' VOC configuration, whose normalisation is ours: 3 and 12 on the
     maps, and the head's two terms off (it names 2 and 2 with T = 1 for them).
 
+    Note: a box covers all cells that it touches. That code leaves out the last one in each
+    direction, a tenth of them (and a box within one column or row of cells has a single cell). Its
+    adapters start near 0, and its head's terms are on proposals sampled for the teacher.
+
     With reliability ("+ prototypes" in Table 4) a cell inside boxes weighs as much as its most
     reliable instance.
     """

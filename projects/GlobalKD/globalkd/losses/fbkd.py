@@ -82,10 +82,11 @@ class FBKD(DistillLoss):
     against that.
 
     Note: the equations are the paper's. In that code the attentions matched are means of A and not
-    of |A|, a mask is the mean of both detectors' softmax, and two-stage features are under the
-    spatial mask alone. Here the masks come from the adapted student map, so that widths may
-    differ. The blocks of the authors pool keys and values, and normalise the batch; these do
-    neither.
+    of |A| (on maps with mean 0 these are two to three times as large), a mask is the mean of both
+    detectors' softmax, and two-stage features are under the spatial mask alone. Here the masks come
+    from the adapted student map, so that widths may differ. The blocks of the authors pool keys and
+    values, normalise the batch, and have 64 inner channels on the two finest levels; these do
+    none of it.
     """
 
     @configurable

@@ -68,11 +68,12 @@ class FGFI(DistillLoss):
     f is a 3x3 convolution and a ReLU on each level; mean over levels.
 
     Defaults: psi = 0.5 as in the paper. Its weight 0.01 is of a sum over channels; ours is of a
-    mean, and 0.01 x 256 channels = 2.56.
+    mean, and 0.01 x 256 channels = 2.56. The authors' code leaves the term out of the first 400
+    steps; `configs/compare/fgfi.yaml` lets it rise over them.
 
     Note: the paper has one map. Here a box's best IoU is that over all levels, so that a box
     selects cells on the levels whose anchors fit it. The anchors are the student's, of its RPN if
-    it has two stages.
+    it has two stages. Adapters start as PyTorch starts a convolution, the authors' near 0.
     """
 
     needs_anchors = True

@@ -23,7 +23,8 @@ class FitNet(DistillLoss):
 
     Note: the paper trains towards one hint in a stage of its own, before the task; here every
     level is a hint and the term is added to the task's losses, as detection papers compare it.
-    There is no weight of the authors to translate: the default is 1.
+    There is no weight of the authors to translate (theirs is of a sum over channels, in a stage
+    that has no other loss): the default is 1.
     """
 
     @configurable

@@ -102,9 +102,12 @@ class GID(DistillLoss):
     (relations), 0.1 (classes) and 1 (boxes). Its 5e-4 for features is of a sum over channels, 5e-4
     x 256 = 0.128 of their mean.
 
-    Note: that code makes the student's 3x3 adapter and never applies it, counts the best anchor of
-    an instance below the threshold, too, leaves relations out below three instances, and has no
-    two-stage detector. Its mean over pairs leaves out the diagonal, which is 0.
+    Note: that code scores an anchor by the difference of both detectors' largest probabilities,
+    whichever classes they are of; here it is the largest difference within a class, as in the
+    paper, which chooses other anchors where there are several classes. It makes the student's 3x3
+    adapter (one for all levels) and never applies it, counts the best anchor of an instance below
+    the threshold, too, leaves relations out below three instances, and has no two-stage detector.
+    Its mean over pairs leaves out the diagonal, which is 0.
 
     Note: general instances have no annotated class, and with it no prototypes: there is no
     reliability to weigh them with.

@@ -22,8 +22,9 @@ class HintonKD(DistillLoss):
     all anchors by its running mean, as Detectron2 normalises its own classification loss, so that
     images without objects count no more than others.
 
-    Defaults: the weight 1 and T = 2 of GlobalKD's comparison, which distils the positives alone;
-    the 2015 paper fixes neither for detection.
+    Defaults: weight 1 and T = 2, as GlobalKD's code has them, which distils the positives alone;
+    the 2015 paper fixes neither for detection. That code takes a mean over the K + 1 classes, and
+    here it is the sum: its 1 would be 1 / 81 (COCO) or 1 / 21 (VOC) of this one.
     """
 
     needs_responses = True

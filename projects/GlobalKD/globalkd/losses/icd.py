@@ -112,8 +112,11 @@ class ICD(DistillLoss):
     all take part, however many there are.
 
     Note: the authors train the decoder with an AdamW of its own; here the student's optimizer
-    does. They draw invented objects from COCO's statistics, here classes are uniform. They start
-    the student's FPN and head as the teacher's (INHERIT_TEACHER_HEADS); here that is off.
+    does. They draw invented objects from COCO's statistics; here classes are uniform, and sides
+    normal around a fifth of the image, as theirs without statistics. Their cells' positions lie
+    half a cell further to the right and down than the boxes', and their mean over images counts
+    those without an object. They start the student's FPN and head as the teacher's
+    (INHERIT_TEACHER_HEADS); here that is off.
     """
 
     @configurable

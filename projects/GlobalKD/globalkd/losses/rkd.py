@@ -97,7 +97,8 @@ class RKD(DistillLoss):
     five levels, which is the same as a mean.
 
     "+ prototypes" (Table 4) puts an instance's projections on the prototypes in the place of its
-    relations to other instances: the term is that of `GlobalKnowledge`, unweighted.
+    relations to other instances: the term is that of `GlobalKnowledge`, with its weight 5 and
+    without reliability.
 
     Note: angles cost R^3, so that of more than `max_instances` an evenly spaced subset spans them;
     `kd/rkd_without_angles` in the log says how many did not. Distances are between all.

@@ -115,7 +115,8 @@ def dense_instances(instances: ClassInstances, percentile: float) -> Tensor:
     a block of the kernel matrix at a time.
 
     Note:
-        From the authors' released code (percentile 40); the paper has no such filter.
+        From the authors' released code, where the percentile is the density of rank 0.4 R, from
+        0 and ascending; the paper has no such filter.
 
     Returns:
         (R,) bool; possibly False everywhere.
@@ -127,7 +128,7 @@ def dense_instances(instances: ClassInstances, percentile: float) -> Tensor:
         blocks = unit.split(max(1, DENSITY_BLOCK // max(len(pool), 1)))
         kernel = [torch.exp(-(((1 - b @ unit.T) / DENSITY_WIDTH) ** 2)).sum(dim=1) for b in blocks]
         density = torch.cat(kernel)
-        rank = int(percentile / 100 * (len(pool) - 1))
+        rank = min(int(percentile / 100 * len(pool)), len(pool) - 1)
         keep &= density > density.sort().values[rank : rank + 1]
     return torch.zeros_like(instances.candidates).index_fill(0, pool[keep], True)
 
