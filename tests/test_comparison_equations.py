@@ -52,7 +52,7 @@ both = pytest.mark.parametrize("one_stage", [True, False], ids=["retinanet", "rc
 def test_hinton(rows, one_stage):
     context = toy_step(one_stage=one_stage, bank=toy_bank())
     x = context.candidates
-    weight = dict(zip(context.positives.rows.tolist(), context.responses.reliability.tolist()))
+    weight = dict(zip(context.positives.rows.tolist(), context.response_reliability.tolist()))
     kept = [i for i, label in enumerate(x.labels) if label >= 0]
     kept = [i for i in kept if rows == "all" or i in weight]
     terms = [
@@ -411,7 +411,7 @@ def test_rank_mimicking_compares_distributions_over_each_objects_anchors():
         if rows:
             t, s = (z[rows, label].detach().sigmoid().softmax(0) for z in (x.teacher, x.student))
             divergence = sum(a * (a.log() - b.log()) for a, b in zip(t, s))
-            total += x.reliability[rows].mean() * divergence
+            total += context.response_reliability[rows].mean() * divergence
             objects += 1
     assert objects >= 2
     value = evaluate(RankMimicking(use_reliability=True), context)["loss_kd_rank"]

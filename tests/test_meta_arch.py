@@ -464,7 +464,7 @@ def test_reliability_is_taken_from_the_nearest_level(tiny_cfg, batch):
         bank=distiller.bank,
     )
     context.reliability = {p.student: torch.full((5,), float(p.stride)) for p in context.levels}
-    assert context._positive_reliability().tolist() == [4, 4, 32, 32, 32]
+    assert context.response_reliability.tolist() == [4, 4, 32, 32, 32]
 
 
 @pytest.mark.faults
@@ -536,6 +536,24 @@ def own_loss(term, returned, tiny_cfg, monkeypatch):
 
     monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "Own", Own)
     return tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["Own"])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", ["responses", "predictions", "teacher_dense"])
+def test_what_is_read_of_the_teachers_heads_must_be_declared(tiny_cfg, batch, monkeypatch, part):
+    cfg = own_loss("loss_kd_own", {}, tiny_cfg, monkeypatch)
+    own = DISTILL_LOSS_REGISTRY.get("Own")
+    monkeypatch.setattr(own, "forward", lambda _, context: getattr(context, part))
+    with pytest.raises(ValueError, match=f"none names it in its `reads`: one of .*'{part}'"):
+        step(build(cfg), batch)
+
+
+@pytest.mark.faults
+def test_what_no_context_has_cannot_be_declared(tiny_cfg, monkeypatch):
+    cfg = own_loss("loss_kd_own", {}, tiny_cfg, monkeypatch)
+    monkeypatch.setattr(DISTILL_LOSS_REGISTRY.get("Own"), "reads", frozenset({"response"}))
+    with pytest.raises(ValueError, match=r"Own.reads has \['response'\]; there are .*'responses'"):
+        build(cfg)
 
 
 @pytest.mark.faults

@@ -6,7 +6,7 @@ weights. It does not know how any loss works, nor which meta-architecture it ser
 
 import logging
 import math
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import configurable
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .features import InstancePooler, LevelPair, match_levels
 from .losses import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRows, StudentOutputs
+from .losses.base import READ, READ_OF_HEADS
 from .non_finite import NonFiniteLosses
 from .pairing import check_pair, hidden_channels, inherit_heads
 from .prototypes.bank import PrototypeBank
@@ -101,6 +102,9 @@ class Distiller(nn.Module):
         self.losses = nn.ModuleDict({type(loss).__name__: loss for loss in active})
         if len(self.losses) < len(active):
             raise ValueError("MODEL.GLOBALKD.LOSSES names a loss twice.")
+        for name, loss in self.losses.items():
+            if unknown := sorted(loss.reads - READ):
+                raise ValueError(f"{name}.reads has {unknown}; there are {sorted(READ)}.")
         source: Dict[str, str] = {}
         for loss_name, term in ((n, term) for n, x in self.losses.items() for term in x.weights):
             if term in source:
@@ -194,11 +198,12 @@ class Distiller(nn.Module):
             num_classes=num_classes,
         )
         losses = self.losses.values()
-        heads = any(x.needs_responses or x.needs_predictions or x.needs_dense for x in losses)
-        read = self.teacher.output_shape if heads else [p.teacher for p in self.levels]
-        self.teacher.read_levels(list(read))
+        names = [p.teacher for p in self.levels]
+        self.teacher.read_levels(
+            list(self.teacher.output_shape) if self.read & READ_OF_HEADS else names
+        )
         weighted = self.bank_settings["reliability"] != "none"
-        if any(x.needs_prototypes or (x.use_reliability and weighted) for x in losses):
+        if any("bank" in x.reads or (x.use_reliability and weighted) for x in losses):
             self.bank = PrototypeBank(
                 levels=[p.student for p in self.levels],
                 num_classes=num_classes,
@@ -214,6 +219,11 @@ class Distiller(nn.Module):
                 loss.hidden_channels = hidden_channels(student, self.teacher, loss.hidden_depth)
             loss.attach(self.levels)
         self.to(next(student.parameters()).device)
+
+    @property
+    def read(self) -> FrozenSet[str]:
+        """What of a step's context some loss reads; see `DistillLoss.reads`."""
+        return frozenset().union(*(loss.reads for loss in self.losses.values()))
 
     @property
     def hidden_depths(self) -> Tuple[int, ...]:
@@ -345,7 +355,6 @@ class Distiller(nn.Module):
         ground_truth = InstanceRows.from_ground_truth(
             [x["instances"] for x in batched_inputs], student.positives.boxes.device
         )
-        losses = self.losses.values()
         return DistillContext(
             levels=self.levels,
             student_maps=student_maps,
@@ -360,8 +369,7 @@ class Distiller(nn.Module):
             teacher=self.teacher,
             bank=self.bank,
             student_dense=student.dense,
-            all_rows=any(loss.needs_predictions for loss in losses),
-            dense_read=any(loss.needs_dense for loss in losses),
+            read=self.read,
             hidden_depths=self.hidden_depths,
             iteration=iteration,
             batched_inputs=batched_inputs,

@@ -36,8 +36,8 @@ def check_pair(
         ValueError: it does not; the message names the losses that ask for it.
     """
 
-    def asking(*demands: str) -> List[str]:
-        return [n for n, loss in losses.items() if any(getattr(loss, d) for d in demands)]
+    def reading(*parts: str) -> List[str]:
+        return [n for n, loss in losses.items() if loss.reads & set(parts)]
 
     for who, model in (("student", student), ("teacher", teacher.model)):
         if isinstance(getattr(model, "proposal_generator", None), RRPN):
@@ -54,8 +54,8 @@ def check_pair(
                 "MODEL.GLOBALKD.LOSSES, or distil "
                 f"{'a RetinaNet' if stages == 'one' else 'a Faster R-CNN'}."
             )
-    comparing = asking("needs_responses", "needs_predictions")
-    by_anchor = asking("needs_dense")
+    comparing = reading("responses", "predictions")
+    by_anchor = reading("teacher_dense")
     if _head_kind(student) == "dense":
         by_anchor += comparing
     if by_anchor and teacher.input_scale != 1:
@@ -68,15 +68,16 @@ def check_pair(
         _check_padding(student, teacher.model, by_anchor)
     if comparing:
         check_comparable(student, teacher, comparing, num_classes=num_classes)
-    if asking("needs_dense"):
-        _check_dense_heads(student, teacher, asking("needs_dense"))
+    if dense := reading("teacher_dense"):
+        _check_dense_heads(student, teacher, dense)
         if _head_kind(student) == "dense":  # an RPN has no classes
-            _check_num_classes(teacher, asking("compares_classes"), num_classes)
+            classes = [n for n in dense if losses[n].compares_classes]
+            _check_num_classes(teacher, classes, num_classes)
     for name, loss in losses.items():
         if loss.hidden_depth:
             _check_towers(student, teacher, name, loss.hidden_depth)
-    if asking("needs_anchors", "needs_dense"):
-        _check_anchored(student, levels, asking("needs_anchors", "needs_dense"))
+    if anchored := reading("student_dense", "teacher_dense"):
+        _check_anchored(student, levels, anchored)
 
 
 def check_comparable(

@@ -9,7 +9,7 @@ Shapes: N images, L levels, R instances, M positives, K classes, P prototypes, D
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, ClassVar, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes
@@ -25,8 +25,12 @@ from .outputs import Candidates, InstanceRows, Positives, Responses
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 DISTILL_LOSS_REGISTRY.__doc__ = """
 Distillation losses by name, as MODEL.GLOBALKD.LOSSES lists them: `DistillLoss` subclasses that can
-be built from a config alone (Detectron2's `configurable` with a `from_config`).
+be built from a config alone (their constructor is Detectron2's `configurable`).
 """
+#: What of a `DistillContext` a loss must name in `DistillLoss.reads` if it reads it.
+READ = frozenset({"bank", "responses", "predictions", "student_dense", "teacher_dense"})
+#: Those for which the teacher's heads run, and need all the levels that they were trained on.
+READ_OF_HEADS = frozenset({"responses", "predictions", "teacher_dense"})
 
 
 class DistillLoss(nn.Module):
@@ -36,25 +40,20 @@ class DistillLoss(nn.Module):
         weights: term name -> weight above 0. The distiller multiplies, and nothing else does. A
             loss without any is left out.
         use_reliability: whether the loss weighs instances with `context.reliability`.
-        needs_prototypes: whether the loss reads `context.bank`.
-        needs_responses: whether it reads `context.responses`.
-        needs_predictions: whether it reads `context.predictions`.
-        needs_anchors: whether it reads `context.student_dense`, on every level.
-        needs_dense: whether it reads `context.teacher_dense`, on every level.
-        compares_classes: whether it compares class scores there one by one, so that both detectors
-            need the same classes.
+        node: the loss's keys below MODEL.GLOBALKD: the arguments of its constructor, in capitals.
+            Empty: it has none.
+        reads: which of `READ` the loss reads in the context. It decides what is built and checked.
+        compares_classes: whether it compares the classes of dense predictions one by one, so that
+            both detectors need the same ones.
         hidden_depth: at which depth it reads the towers of both RetinaNet heads, in `hidden` of
-            their dense outputs; 0 for none. It needs dense outputs, too.
+            their dense outputs; 0 for none. It reads "teacher_dense", too.
         hidden_channels: of student and teacher at that depth; set before `attach` is called.
         stages: the detectors that the method is defined for: "any", "one" stage or "two".
         num_classes: K; set before `attach` is called.
     """
 
-    needs_prototypes: bool = False
-    needs_responses: bool = False
-    needs_predictions: bool = False
-    needs_anchors: bool = False
-    needs_dense: bool = False
+    node: ClassVar[str] = ""
+    reads: FrozenSet[str] = frozenset()
     compares_classes: bool = False
     hidden_depth: int = 0
     hidden_channels: Tuple[int, int] = (0, 0)
@@ -73,6 +72,11 @@ class DistillLoss(nn.Module):
             raise ValueError(f"The weight of a distillation loss cannot be negative: {negative}.")
         self.weights = {name: w for name, w in weights.items() if w}
         self.use_reliability = use_reliability
+
+    @classmethod
+    def from_config(cls, cfg):
+        keys = cfg.MODEL.GLOBALKD[cls.node] if cls.node else {}
+        return {name.lower(): value for name, value in keys.items()}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         """Create what depends on the pair of detectors, such as adapters. Called once."""
@@ -108,9 +112,11 @@ class DistillContext:
         candidates: everything that its class head scored.
         instances: what counts as an instance: `ground_truth` or `positives`.
         bank: the prototypes; None where no loss asks for them.
+        pooler: RoIAlign of the instances.
+        teacher: the frozen detector.
         student_dense: the outputs of the student's dense head; None where it has none.
-        all_rows: whether some loss reads `predictions`: the teacher's head then runs on all rows.
-        dense_read: whether some loss reads `teacher_dense`: no row of it is computed apart then.
+        read: what of `READ` some loss reads. With "predictions" the teacher's head runs on all rows
+            at once, with "teacher_dense" on all anchors, and `responses` are picked from there.
         hidden_depths: what `hidden` of both detectors' dense outputs has.
         iteration: of the training.
         batched_inputs: the student's input.
@@ -129,8 +135,7 @@ class DistillContext:
     teacher: Teacher
     bank: Optional[PrototypeBank] = None
     student_dense: Optional[DenseOutputs] = None
-    all_rows: bool = False
-    dense_read: bool = False
+    read: FrozenSet[str] = frozenset()
     hidden_depths: Sequence[int] = ()
     iteration: int = 0
     batched_inputs: List[dict] = field(default_factory=list)
@@ -185,6 +190,7 @@ class DistillContext:
     @cached_property
     def teacher_dense(self) -> DenseOutputs:
         """The teacher's dense head on its own maps, with the names of `student_dense`."""
+        self._require_heads()
         ours = self.student_dense.logits
         # The pair was checked to have the same anchors: to make them anew would take time.
         anchors = [Boxes(x.flatten(0, 2)) for x in self.student_dense.anchors.values()]
@@ -194,14 +200,12 @@ class DistillContext:
     @cached_property
     def predictions(self) -> Responses:
         """Both detectors' class predictions on all `candidates`; each head ran once."""
+        self._require_heads()
         candidates = self.candidates
-        ones = torch.ones_like(candidates.labels, dtype=torch.float32)
-        weight = self._positive_reliability().float()
         return Responses(
             student=candidates.student_logits(self),
             teacher=candidates.teacher_logits(self).detach(),
             labels=candidates.labels,
-            reliability=ones.index_copy(0, self.positives.rows, weight),
             normalizer=candidates.normalizer,
             one_stage=candidates.one_stage,
         )
@@ -209,8 +213,9 @@ class DistillContext:
     @cached_property
     def responses(self) -> Responses:
         """Both detectors' class predictions on the positives; each head ran once."""
+        self._require_heads()
         rows = self.positives.rows
-        if self.all_rows:
+        if "predictions" in self.read:
             student, teacher = self.predictions.student[rows], self.predictions.teacher[rows]
         else:
             student = self.candidates.student_logits(self, rows)
@@ -219,12 +224,25 @@ class DistillContext:
             student=student,
             teacher=teacher,
             labels=self.positives.classes,
-            reliability=self._positive_reliability(),
             normalizer=max(len(rows), 1),
             one_stage=self.candidates.one_stage,
         )
 
-    def _positive_reliability(self) -> Tensor:
+    def _require_heads(self) -> None:
+        if not self.read & READ_OF_HEADS:
+            raise ValueError(
+                "A loss reads what the teacher's heads say, and none names it in its `reads`: one "
+                f"of {sorted(READ_OF_HEADS)}. Without it the pair of detectors was not checked."
+            )
+
+    @cached_property
+    def prediction_reliability(self) -> Tensor:
+        """(B,) `response_reliability` of the rows of `predictions`; 1 where it is no positive."""
+        ones = torch.ones_like(self.candidates.labels, dtype=torch.float32)
+        return ones.index_copy(0, self.positives.rows, self.response_reliability.float())
+
+    @cached_property
+    def response_reliability(self) -> Tensor:
         """(M,) omega of each positive at the level that predicts it, or at the nearest one."""
         if self.bank is None or len(self.instances) == 0:
             return self.positives.boxes.new_ones(len(self.positives))

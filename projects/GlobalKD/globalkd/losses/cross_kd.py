@@ -81,7 +81,8 @@ class CrossKD(DistillLoss):
     anchors, which makes an image without objects count as if it had one.
     """
 
-    needs_dense = True
+    node = "CROSS_KD"
+    reads = frozenset({"student_dense", "teacher_dense"})
     stages = "one"
 
     @configurable
@@ -95,15 +96,6 @@ class CrossKD(DistillLoss):
         super().__init__({"loss_kd_cross_class": class_weight, "loss_kd_cross_box": box_weight})
         require("CROSS_KD.DEPTH", depth, depth >= 1, "1 or more")
         self.hidden_depth = depth
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.CROSS_KD
-        return {
-            "class_weight": node.CLASS_WEIGHT,
-            "box_weight": node.BOX_WEIGHT,
-            "depth": node.DEPTH,
-        }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = nn.ModuleDict({x: align_width(*self.hidden_channels) for x in self.weights})

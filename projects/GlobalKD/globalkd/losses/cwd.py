@@ -29,6 +29,8 @@ class CWD(DistillLoss):
     the term is applied to the FPN's maps. A 1x1 convolution stands where the widths differ.
     """
 
+    node = "CWD"
+
     @configurable
     def __init__(self, *, weight: float = 50.0, temperature: float = 1.0):
         """
@@ -39,11 +41,6 @@ class CWD(DistillLoss):
         super().__init__({"loss_kd_cwd": weight})
         require("CWD.TEMPERATURE", temperature, temperature > 0, "above 0")
         self.temperature = temperature
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.CWD
-        return {"weight": node.WEIGHT, "temperature": node.TEMPERATURE}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_alignment(levels)

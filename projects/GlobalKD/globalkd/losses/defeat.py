@@ -57,6 +57,8 @@ class DeFeat(DistillLoss):
     reliable instance.
     """
 
+    node = "DEFEAT"
+
     @configurable
     def __init__(
         self,
@@ -86,28 +88,17 @@ class DeFeat(DistillLoss):
         super().__init__(weights, use_reliability=use_reliability)
         require("DEFEAT.TEMPERATURE", temperature, temperature > 0, "above 0")
         self.temperature = temperature
-        self.needs_maps = bool(object_weight or background_weight)
-        self.needs_predictions = bool(positive_weight or negative_weight)
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.DEFEAT
-        return {
-            "object_weight": node.OBJECT_WEIGHT,
-            "background_weight": node.BACKGROUND_WEIGHT,
-            "positive_weight": node.POSITIVE_WEIGHT,
-            "negative_weight": node.NEGATIVE_WEIGHT,
-            "temperature": node.TEMPERATURE,
-            "use_reliability": node.USE_RELIABILITY,
-        }
+        self.imitates_maps = bool(object_weight or background_weight)
+        if positive_weight or negative_weight:
+            self.reads = frozenset({"predictions"})
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
-        if self.needs_maps:
+        if self.imitates_maps:
             self.adapters = build_adapters(levels, kernel_size=3, relu=False)
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
-        terms = self._map_terms(context) if self.needs_maps else {}
-        if self.needs_predictions:
+        terms = self._map_terms(context) if self.imitates_maps else {}
+        if self.reads:
             terms["loss_kd_defeat_positive"], terms["loss_kd_defeat_negative"] = (
                 decoupled_divergence(context.predictions, self.temperature)
             )

@@ -49,7 +49,8 @@ class DKD(DistillLoss):
     Note: it is defined on a softmax, and so for two-stage detectors alone.
     """
 
-    needs_predictions = True
+    node = "DKD"
+    reads = frozenset({"predictions"})
     stages = "two"
 
     @configurable
@@ -73,16 +74,6 @@ class DKD(DistillLoss):
         require("DKD.TEMPERATURE", temperature, temperature > 0, "above 0")
         self.temperature = temperature
 
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.DKD
-        return {
-            "target_weight": node.TARGET_WEIGHT,
-            "others_weight": node.OTHERS_WEIGHT,
-            "temperature": node.TEMPERATURE,
-            "use_reliability": node.USE_RELIABILITY,
-        }
-
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses = context.predictions
         (target, others), (teacher_target, teacher_others) = (
@@ -94,5 +85,5 @@ class DKD(DistillLoss):
             "loss_kd_dkd_others": softmax_kl(others, teacher_others, self.temperature),
         }
         if self.use_reliability:
-            rows = {name: x * responses.reliability for name, x in rows.items()}
+            rows = {name: x * context.prediction_reliability for name, x in rows.items()}
         return {name: rows[name].sum() / responses.normalizer for name in self.weights}

@@ -89,6 +89,8 @@ class FBKD(DistillLoss):
     none of it.
     """
 
+    node = "FBKD"
+
     @configurable
     def __init__(
         self,
@@ -121,17 +123,6 @@ class FBKD(DistillLoss):
             "loss_kd_fbkd_channel": self._channel,
             "loss_kd_fbkd_feature": self._feature,
             "loss_kd_fbkd_relation": self._relation,
-        }
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.FBKD
-        return {
-            "spatial_weight": node.SPATIAL_WEIGHT,
-            "channel_weight": node.CHANNEL_WEIGHT,
-            "feature_weight": node.FEATURE_WEIGHT,
-            "relation_weight": node.RELATION_WEIGHT,
-            "temperature": node.TEMPERATURE,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:

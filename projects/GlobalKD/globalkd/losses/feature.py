@@ -22,6 +22,8 @@ class FeatureKnowledge(DistillLoss):
     The paper's text has no background term; the authors' code weights it with 4.
     """
 
+    node = "FEATURE"
+
     @configurable
     def __init__(
         self,
@@ -50,18 +52,6 @@ class FeatureKnowledge(DistillLoss):
         self.adapter_kernel = adapter_kernel
         self.adapter_relu = adapter_relu
         self.equal_boxes = equal_boxes
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.FEATURE
-        return {
-            "weight": node.WEIGHT,
-            "background_weight": node.BACKGROUND_WEIGHT,
-            "adapter_kernel": node.ADAPTER_KERNEL,
-            "adapter_relu": node.ADAPTER_RELU,
-            "equal_boxes": node.EQUAL_BOXES,
-            "use_reliability": node.USE_RELIABILITY,
-        }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_adapters(

@@ -50,7 +50,8 @@ class FeatureRichness(DistillLoss):
     the same and whose minimum is 0.
     """
 
-    needs_dense = True
+    node = "FEATURE_RICHNESS"
+    reads = frozenset({"student_dense", "teacher_dense"})
 
     @configurable
     def __init__(self, *, feature_weight: float = 5.12, score_weight: float = 0.5):
@@ -65,11 +66,6 @@ class FeatureRichness(DistillLoss):
         }
         super().__init__(weights)
         self.compares_classes = "loss_kd_richness_score" in self.weights
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.FEATURE_RICHNESS
-        return {"feature_weight": node.FEATURE_WEIGHT, "score_weight": node.SCORE_WEIGHT}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         if "loss_kd_richness_feature" in self.weights:

@@ -74,6 +74,8 @@ class FGD(DistillLoss):
     to the teacher's map, and so cannot empty it.
     """
 
+    node = "FGD"
+
     @configurable
     def __init__(
         self,
@@ -106,19 +108,6 @@ class FGD(DistillLoss):
         super().__init__(weights, use_reliability=use_reliability)
         require("FGD.TEMPERATURE", temperature, temperature > 0, "above 0")
         self.temperature = temperature
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.FGD
-        return {
-            "object_weight": node.OBJECT_WEIGHT,
-            "background_weight": node.BACKGROUND_WEIGHT,
-            "spatial_weight": node.SPATIAL_WEIGHT,
-            "channel_weight": node.CHANNEL_WEIGHT,
-            "relation_weight": node.RELATION_WEIGHT,
-            "temperature": node.TEMPERATURE,
-            "use_reliability": node.USE_RELIABILITY,
-        }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_alignment(levels)

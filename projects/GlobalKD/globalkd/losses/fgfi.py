@@ -76,7 +76,8 @@ class FGFI(DistillLoss):
     it has two stages. Adapters start as PyTorch starts a convolution, the authors' near 0.
     """
 
-    needs_anchors = True
+    node = "FGFI"
+    reads = frozenset({"student_dense"})
 
     @configurable
     def __init__(
@@ -91,15 +92,6 @@ class FGFI(DistillLoss):
         super().__init__({"loss_kd_fgfi": weight}, use_reliability=use_reliability)
         require("FGFI.THRESHOLD", threshold, 0 < threshold < 1, "between 0 and 1")
         self.threshold = threshold
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.FGFI
-        return {
-            "weight": node.WEIGHT,
-            "threshold": node.THRESHOLD,
-            "use_reliability": node.USE_RELIABILITY,
-        }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_adapters(levels, kernel_size=3, relu=True)

@@ -27,6 +27,8 @@ class FitNet(DistillLoss):
     that has no other loss): the default is 1.
     """
 
+    node = "FITNET"
+
     @configurable
     def __init__(self, *, weight: float = 1.0):
         """
@@ -34,10 +36,6 @@ class FitNet(DistillLoss):
             weight: weight of the term.
         """
         super().__init__({"loss_kd_fitnet": weight})
-
-    @classmethod
-    def from_config(cls, cfg):
-        return {"weight": cfg.MODEL.GLOBALKD.FITNET.WEIGHT}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_adapters(levels, kernel_size=1, relu=False)

@@ -113,7 +113,8 @@ class GID(DistillLoss):
     reliability to weigh them with.
     """
 
-    needs_dense = True
+    node = "GID"
+    reads = frozenset({"student_dense", "teacher_dense"})
     compares_classes = True  # instances are chosen by it, whatever the weights are
 
     @configurable
@@ -155,21 +156,6 @@ class GID(DistillLoss):
         self.min_box_size = min_box_size
         self.anchor_threshold = anchor_threshold
         self.pooler_resolution = pooler_resolution
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.GID
-        return {
-            "feature_weight": node.FEATURE_WEIGHT,
-            "relation_weight": node.RELATION_WEIGHT,
-            "class_weight": node.CLASS_WEIGHT,
-            "box_weight": node.BOX_WEIGHT,
-            "num_instances": node.NUM_INSTANCES,
-            "nms_threshold": node.NMS_THRESHOLD,
-            "min_box_size": node.MIN_BOX_SIZE,
-            "anchor_threshold": node.ANCHOR_THRESHOLD,
-            "pooler_resolution": node.POOLER_RESOLUTION,
-        }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         strides = [p.stride for p in levels]

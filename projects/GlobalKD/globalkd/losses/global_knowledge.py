@@ -1,6 +1,6 @@
 """Global knowledge, Eq. (6) of GlobalKD: equal coefficients on the common prototypes."""
 
-from typing import Dict
+from typing import Dict, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,23 @@ def coefficient_loss(student: Tensor, teacher: Tensor, weight: Tensor, penalty: 
     return by_level.mean()
 
 
+def project(context: DistillContext, scope: str) -> Tuple[Tensor, Tensor]:
+    """Coefficients of the context's instances on the prototypes.
+
+    Args:
+        scope: "class", C = P prototypes of the instance's own class; "all", C = K P of every class.
+
+    Returns:
+        (L, R, C) of the student, with gradient, and (L, R, C) of the teacher.
+    """
+    teacher, student = context.bank.project(
+        context.teacher_instance_features,
+        context.student_instance_features,
+        None if scope == "all" else context.instances.classes,
+    )
+    return student.flatten(2), teacher.flatten(2)
+
+
 @DISTILL_LOSS_REGISTRY.register()
 class GlobalKnowledge(DistillLoss):
     """`loss_kd_global`: the student is to have the teacher's coefficients on the prototypes.
@@ -39,7 +56,8 @@ class GlobalKnowledge(DistillLoss):
     number of classes, so that both scopes have one scale.
     """
 
-    needs_prototypes = True
+    node = "GLOBAL"
+    reads = frozenset({"bank"})
 
     @configurable
     def __init__(
@@ -48,7 +66,7 @@ class GlobalKnowledge(DistillLoss):
         weight: float = 5.0,
         scope: str = "class",
         penalty: str = "l2",
-        use_reliability=True,
+        use_reliability: bool = True,
     ):
         """
         Args:
@@ -66,26 +84,11 @@ class GlobalKnowledge(DistillLoss):
         self.scope = scope
         self.penalty = penalty
 
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.GLOBAL
-        return {
-            "weight": node.WEIGHT,
-            "scope": node.SCOPE,
-            "penalty": node.PENALTY,
-            "use_reliability": node.USE_RELIABILITY,
-        }
-
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
-        every = self.scope == "all"
-        teacher, student = context.bank.project(
-            context.teacher_instance_features,
-            context.student_instance_features,
-            None if every else context.instances.classes,
-        )
-        teacher, student = teacher.flatten(2), student.flatten(2)
+        student, teacher = project(context, self.scope)
         weight = torch.stack([self.instance_weight(context, p.student) for p in context.levels])
         distance = (student.detach() - teacher).norm(dim=2)
         context.observations["kd/discrepancy"] = distance.sum() / max(distance.numel(), 1)
-        share = 1.0 / context.bank.num_classes if every else 1.0
-        return {"loss_kd_global": share * coefficient_loss(student, teacher, weight, self.penalty)}
+        term = coefficient_loss(student, teacher, weight, self.penalty)
+        share = context.bank.num_classes if self.scope == "all" else 1
+        return {"loss_kd_global": term / share}

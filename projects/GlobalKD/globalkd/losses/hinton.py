@@ -27,7 +27,7 @@ class HintonKD(DistillLoss):
     here it is the sum: its 1 would be 1 / 81 (COCO) or 1 / 21 (VOC) of this one.
     """
 
-    needs_responses = True
+    node = "HINTON"
 
     @configurable
     def __init__(
@@ -49,22 +49,14 @@ class HintonKD(DistillLoss):
         require("HINTON.TEMPERATURE", temperature, temperature > 0, "above 0")
         require("HINTON.ROWS", rows, rows in ("positives", "all"), ["positives", "all"])
         self.temperature = temperature
-        self.needs_predictions = rows == "all"
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.HINTON
-        return {
-            "weight": node.WEIGHT,
-            "temperature": node.TEMPERATURE,
-            "rows": node.ROWS,
-            "use_reliability": node.USE_RELIABILITY,
-        }
+        self.reads = frozenset({"predictions" if rows == "all" else "responses"})
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
-        responses = context.predictions if self.needs_predictions else context.responses
+        every = "predictions" in self.reads
+        responses = context.predictions if every else context.responses
         weight = responses.labels >= 0
         if self.use_reliability:
-            weight = weight * responses.reliability
+            reliability = context.prediction_reliability if every else context.response_reliability
+            weight = weight * reliability
         rows = responses.divergence(self.temperature) * weight
         return {"loss_kd_hinton": rows.sum() / responses.normalizer}

@@ -119,6 +119,8 @@ class ICD(DistillLoss):
     (INHERIT_TEACHER_HEADS); here that is off.
     """
 
+    node = "ICD"
+
     @configurable
     def __init__(
         self,
@@ -163,21 +165,6 @@ class ICD(DistillLoss):
             "negative_ratio": negative_ratio,
             "max_queries": max_queries,
             "blur": blur,
-        }
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.ICD
-        return {
-            "weight": node.WEIGHT,
-            "auxiliary_weight": node.AUXILIARY_WEIGHT,
-            "hidden_dim": node.HIDDEN_DIM,
-            "num_heads": node.NUM_HEADS,
-            "start_iter": node.START_ITER,
-            "negative_ratio": node.NEGATIVE_RATIO,
-            "max_queries": node.MAX_QUERIES,
-            "blur": node.BLUR,
-            "use_reliability": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:

@@ -65,6 +65,8 @@ class InstanceFeature(DistillLoss):
     levels.
     """
 
+    node = "INSTANCE_FEATURE"
+
     @configurable
     def __init__(
         self,
@@ -86,16 +88,6 @@ class InstanceFeature(DistillLoss):
         require("INSTANCE_FEATURE.RESOLUTION", resolution, resolution >= 1, "1 or more")
         self.num_levels = num_levels
         self.resolution = resolution
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.INSTANCE_FEATURE
-        return {
-            "weight": node.WEIGHT,
-            "num_levels": node.NUM_LEVELS,
-            "resolution": node.RESOLUTION,
-            "use_reliability": node.USE_RELIABILITY,
-        }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_adapters(levels[: self.num_levels], kernel_size=1, relu=False)

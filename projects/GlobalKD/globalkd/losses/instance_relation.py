@@ -87,6 +87,8 @@ class InstanceRelation(DistillLoss):
     the relation [[1]] in both, one without boxes has none.
     """
 
+    node = "INSTANCE_RELATION"
+
     @configurable
     def __init__(
         self,
@@ -123,19 +125,6 @@ class InstanceRelation(DistillLoss):
             "resolution": resolution,
             "embedding_channels": embedding_channels,
             "filter_channels": filter_channels,
-        }
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.INSTANCE_RELATION
-        return {
-            "weight": node.WEIGHT,
-            "match": node.MATCH,
-            "num_levels": node.NUM_LEVELS,
-            "resolution": node.RESOLUTION,
-            "embedding_channels": node.EMBEDDING_CHANNELS,
-            "filter_channels": node.FILTER_CHANNELS,
-            "use_reliability": node.USE_RELIABILITY,
         }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:

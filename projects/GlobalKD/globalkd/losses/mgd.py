@@ -30,6 +30,8 @@ class MGD(DistillLoss):
     in their code (INHERIT_TEACHER_HEADS); here that is off.
     """
 
+    node = "MGD"
+
     @configurable
     def __init__(self, *, weight: float = 11.4, mask_ratio: float = 0.45):
         """
@@ -40,11 +42,6 @@ class MGD(DistillLoss):
         super().__init__({"loss_kd_mgd": weight})
         require("MGD.MASK_RATIO", mask_ratio, 0 <= mask_ratio < 1, "in [0, 1)")
         self.mask_ratio = mask_ratio
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.MGD
-        return {"weight": node.WEIGHT, "mask_ratio": node.MASK_RATIO}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_alignment(levels)

@@ -93,7 +93,7 @@ class Candidates(ABC):
     labels: Tensor
     normalizer: float
 
-    #: Whether `logits` are independent per-class scores (sigmoid) or one softmax with background.
+    #: Independent scores of the K classes (sigmoid); otherwise one softmax with the background.
     one_stage: ClassVar[bool]
 
     @abstractmethod
@@ -134,7 +134,6 @@ class Responses:
         student: (B, C) logits with gradient.
         teacher: (B, C) logits, detached.
         labels: (B,) see `Candidates.labels`.
-        reliability: (B,) weights, detached; 1 for rows that are no instance.
         normalizer: what a sum over the rows is divided by: of positives their number, 1 or more;
             else see `Candidates.normalizer`.
         one_stage: see `Candidates.one_stage`.
@@ -143,7 +142,6 @@ class Responses:
     student: Tensor
     teacher: Tensor
     labels: Tensor
-    reliability: Tensor
     normalizer: float
     one_stage: bool
 

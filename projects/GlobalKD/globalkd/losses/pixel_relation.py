@@ -105,6 +105,8 @@ class PixelRelation(DistillLoss):
     half of the maps' spread (standard deviation), so that it cannot shrink to what is easy.
     """
 
+    node = "PIXEL_RELATION"
+
     @configurable
     def __init__(
         self,
@@ -129,15 +131,6 @@ class PixelRelation(DistillLoss):
             require(f"PIXEL_RELATION.{key}", values, right, needed)
         self.num_nodes = num_nodes
         self.state_channels = state_channels
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.PIXEL_RELATION
-        return {
-            "weight": node.WEIGHT,
-            "num_nodes": node.NUM_NODES,
-            "state_channels": node.STATE_CHANNELS,
-        }
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.teacher_units, self.student_units = nn.ModuleDict(), nn.ModuleDict()

@@ -46,6 +46,8 @@ class PKD(DistillLoss):
     is ours.
     """
 
+    node = "PKD"
+
     @configurable
     def __init__(self, *, weight: float = 24.0):
         """
@@ -53,10 +55,6 @@ class PKD(DistillLoss):
             weight: weight of the term.
         """
         super().__init__({"loss_kd_pkd": weight})
-
-    @classmethod
-    def from_config(cls, cfg):
-        return {"weight": cfg.MODEL.GLOBALKD.PKD.WEIGHT}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_alignment(levels)

@@ -63,7 +63,8 @@ class RankMimicking(DistillLoss):
     objects, then over images.
     """
 
-    needs_responses = True
+    node = "RANK_MIMICKING"
+    reads = frozenset({"responses"})
     stages = "one"
 
     @configurable
@@ -74,11 +75,6 @@ class RankMimicking(DistillLoss):
             use_reliability: multiply an object's divergence by the mean reliability of its anchors.
         """
         super().__init__({"loss_kd_rank": weight}, use_reliability=use_reliability)
-
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.RANK_MIMICKING
-        return {"weight": node.WEIGHT, "use_reliability": node.USE_RELIABILITY}
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses, objects = context.responses, context.ground_truth
@@ -92,7 +88,7 @@ class RankMimicking(DistillLoss):
         none = apart.new_zeros(len(objects))
         if self.use_reliability:
             anchors = none.index_add(0, group, torch.ones_like(student))
-            reliability = none.index_add(0, group, responses.reliability.to(none))
+            reliability = none.index_add(0, group, context.response_reliability.to(none))
             apart = apart * (reliability / anchors.clamp_min(1))
         ranked = none.index_fill(0, group, 1.0).sum()
         return {"loss_kd_rank": apart.sum() / ranked.clamp_min(1)}
@@ -129,7 +125,8 @@ class PredictionGuidedImitation(DistillLoss):
     implementation does not have, allows student and teacher of different widths.
     """
 
-    needs_dense = True
+    node = "PFI"
+    reads = frozenset({"student_dense", "teacher_dense"})
     compares_classes = True
     stages = "one"
 
@@ -140,10 +137,6 @@ class PredictionGuidedImitation(DistillLoss):
             weight: weight of the term.
         """
         super().__init__({"loss_kd_pfi": weight})
-
-    @classmethod
-    def from_config(cls, cfg):
-        return {"weight": cfg.MODEL.GLOBALKD.PFI.WEIGHT}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         self.adapters = build_adapters(levels, kernel_size=1, relu=False)

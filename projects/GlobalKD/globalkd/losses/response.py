@@ -18,7 +18,8 @@ class ResponseKnowledge(DistillLoss):
     head on its own features. RetinaNet: positive anchors, K independent classes.
     """
 
-    needs_responses = True
+    node = "RESPONSE"
+    reads = frozenset({"responses"})
 
     @configurable
     def __init__(
@@ -43,20 +44,10 @@ class ResponseKnowledge(DistillLoss):
         self.temperature = temperature
         self.one_stage_divergence = divergences[one_stage]
 
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.RESPONSE
-        return {
-            "weight": node.WEIGHT,
-            "temperature": node.TEMPERATURE,
-            "one_stage": node.ONE_STAGE,
-            "use_reliability": node.USE_RELIABILITY,
-        }
-
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses = context.responses
         divergence = self.one_stage_divergence if responses.one_stage else softmax_kl
         rows = divergence(responses.student, responses.teacher, self.temperature)
         if self.use_reliability:
-            rows = rows * responses.reliability
+            rows = rows * context.response_reliability
         return {"loss_kd_response": rows.sum() / responses.normalizer}

@@ -85,6 +85,8 @@ class ReviewKD(DistillLoss):
     do not, so that the term does not depend on how many images a process sees.
     """
 
+    node = "REVIEW_KD"
+
     @configurable
     def __init__(self, *, weight: float = 5.0):
         """
@@ -92,10 +94,6 @@ class ReviewKD(DistillLoss):
             weight: weight of the term.
         """
         super().__init__({"loss_kd_review": weight})
-
-    @classmethod
-    def from_config(cls, cfg):
-        return {"weight": cfg.MODEL.GLOBALKD.REVIEW_KD.WEIGHT}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         mid_channels = max(p.teacher_channels for p in levels)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
-from .global_knowledge import GlobalKnowledge
+from .global_knowledge import coefficient_loss, project
 
 #: Rows whose distances are computed at a time.
 DISTANCE_ROWS = 128
@@ -104,6 +104,8 @@ class RKD(DistillLoss):
     `kd/rkd_without_angles` in the log says how many did not. Distances are between all.
     """
 
+    node = "RKD"
+
     @configurable
     def __init__(
         self,
@@ -130,24 +132,15 @@ class RKD(DistillLoss):
         if relations == "prototypes":
             weights = {"loss_kd_rkd_prototypes": prototype_weight}
         super().__init__(weights)
-        self.needs_prototypes = relations == "prototypes"
-        self.projections = GlobalKnowledge(scope="all", penalty="smooth_l1", use_reliability=False)
+        if relations == "prototypes":
+            self.reads = frozenset({"bank"})
         self.max_instances = max_instances
 
-    @classmethod
-    def from_config(cls, cfg):
-        node = cfg.MODEL.GLOBALKD.RKD
-        return {
-            "distance_weight": node.DISTANCE_WEIGHT,
-            "angle_weight": node.ANGLE_WEIGHT,
-            "relations": node.RELATIONS,
-            "prototype_weight": node.PROTOTYPE_WEIGHT,
-            "max_instances": node.MAX_INSTANCES,
-        }
-
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
-        if self.needs_prototypes:
-            return {"loss_kd_rkd_prototypes": self.projections(context)["loss_kd_global"]}
+        if "bank" in self.reads:
+            weights = context.instances.boxes.new_ones(len(context.levels), len(context.instances))
+            term = coefficient_loss(*project(context, "all"), weights, "smooth_l1")
+            return {"loss_kd_rkd_prototypes": term / context.bank.num_classes}
         totals = {name: [] for name in self.weights}
         measures = {"loss_kd_rkd_distance": distance_loss, "loss_kd_rkd_angle": self._angle_loss}
         for pair in context.levels:
