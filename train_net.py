@@ -23,9 +23,9 @@ from detectron2.utils.logger import setup_logger
 from globalkd import register_datasets
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.data.config_checks import check_data
+from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 from globalkd.engine.launching import held_messages, launch
 from globalkd.engine.trainer import DistillTrainer
-from globalkd.engine.user_modules import add_import_argument, import_modules
 from globalkd.safe_loading import ReportingCheckpointer, require_weights
 
 logger = logging.getLogger("globalkd")
@@ -121,10 +121,7 @@ if __name__ == "__main__":
     )
     add_import_argument(parser)
     args = parser.parse_args()
-    try:  # here once, where a mistake needs no traceback of a process
+    with user_errors(parser), held_messages():  # once here, without the traceback of a process
         import_modules(args.imports)
-        with held_messages():
-            load_config(args.config_file, args.opts)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        load_config(args.config_file, args.opts)
     launch(main, args, timeout_minutes=args.timeout)

@@ -30,7 +30,7 @@ from globalkd.analysis.runs import load_whole, warn_if_not_last
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.data.class_names import class_names
 from globalkd.data.unreadable import UNREADABLE
-from globalkd.engine.user_modules import add_import_argument, import_modules
+from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 
 logger = logging.getLogger("globalkd.demo")
 
@@ -233,10 +233,8 @@ def main():
     args = parser.parse_args()
     setup_logger(name="fvcore")
     setup_logger(name="globalkd")
-    try:
+    with user_errors(parser):
         return run(args)
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def run(args):

@@ -27,7 +27,7 @@ from globalkd.losses import (
     PredictionGuidedImitation,
     RankMimicking,
 )
-from globalkd.pairing import check_pair
+from globalkd.pairing import UnfitLosses, check_pair
 
 DRKD = ["PixelRelation", "InstanceRelation", "InstanceFeature"]
 MAPS = ["FitNet", "FGFI", "DeFeat", "FBKD", "RKD", "ICD", *DRKD]
@@ -239,5 +239,5 @@ def test_a_wrong_setting_is_refused_by_its_key(make, key):
 def test_levels_that_gid_cannot_pool_from_are_named(tiny_cfg):
     cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["GID"])
     cfg.MODEL.GLOBALKD.IN_FEATURES = ["p3", "p5"]
-    with pytest.raises(ValueError, match=r"IN_FEATURES is \['p3', 'p5'\].*strides double.*8, 32"):
+    with pytest.raises(UnfitLosses, match=r"strides double.*IN_FEATURES is \['p3', 'p5'\].*8, 32"):
         build_model(cfg)

@@ -14,6 +14,7 @@ from detectron2.data.datasets.pascal_voc import load_voc_instances
 
 from globalkd import add_globalkd_config
 from globalkd.data import make_digit_scenes, register_datasets
+from globalkd.data.class_names import class_names
 from globalkd.data.registration import read_categories
 from globalkd.data.voc import load_voc_folder
 
@@ -136,8 +137,10 @@ def test_a_missing_part_of_a_voc_folder_is_named(tmp_path, part):
     ],
 )
 def test_an_entry_of_another_form_is_shown_with_the_right_one(coco, voc, said):
-    with pytest.raises(ValueError, match=f"DATASETS.*{said}"):
-        register_datasets(config(coco=coco, voc=voc))
+    cfg = config(coco=coco, voc=voc)
+    for read in (register_datasets, lambda cfg: class_names(cfg, "name")):
+        with pytest.raises(ValueError, match=f"DATASETS.*{said}"):
+            read(cfg)
 
 
 @pytest.mark.faults

@@ -7,6 +7,7 @@ Configurations, datasets, images, teachers and prototype files. More cases stand
 import json
 import logging
 import math
+import re
 from types import SimpleNamespace
 
 import cv2
@@ -103,10 +104,8 @@ OVERRIDES = {
     "odd number": ([KD + "GLOBAL.WEIGHT"], "list of pairs"),
     "NaN": ([KD + "GLOBAL.WEIGHT", "nan"], "GLOBAL.WEIGHT is nan; it must be a float"),
     "infinite": ([KD + "GLOBAL.WEIGHT", "1e999"], "WEIGHT is inf; .*0 or more and finite"),
-    "weight of all": ([KD + "WEIGHT", "0"], r"GLOBALKD\.WEIGHT is .*above 0 and finite"),
     "below a value": ([KD + "GLOBAL.WEIGHT.X", "1"], "a value stands where a group"),
     "base": (["_BASE_", "x"], "_BASE_.*only be used in files"),
-    "percentile": ([KD + "PROTOTYPES.DENSITY_PERCENTILE", "101.0"], "between 0 and 100"),
     "stop before the warm-up ends": (
         [KD + "WARMUP_ITERS", "9", KD + "STOP_ITER", "8"],
         "STOP_ITER is 8, before the end of the warm-up.*WARMUP_ITERS = 9",
@@ -167,6 +166,51 @@ def test_a_choice_that_there_is_not_is_named_with_those_that_there_are(tiny_cfg,
     register_datasets(cfg)
     with pytest.raises(ValueError, match=f"{KD}{key} is '{CHOICES[key]}'; it must be"):
         trainer_to_the_first_step(cfg)
+
+
+#: Out of range though not negative; and the loss that reads it, where none does by default.
+OUT_OF_RANGE = {
+    "WEIGHT": (0.0, None),
+    "POOLER_RESOLUTION": (0, None),
+    "TEACHER.INPUT_SCALE": (0.0, None),
+    "PROTOTYPES.NUM": (0, None),
+    "PROTOTYPES.DENSITY_PERCENTILE": (100.0, None),
+    "PROTOTYPES.DBSCAN_EPS": (0.0, None),
+    "PROTOTYPES.RESERVOIR_SIZE": (0, None),
+    "FEATURE.ADAPTER_KERNEL": (2, None),
+    "RESPONSE.TEMPERATURE": (0.0, None),
+    "PIXEL_RELATION.NUM_NODES": ([0], "PixelRelation"),
+    "PIXEL_RELATION.STATE_CHANNELS": ([], "PixelRelation"),
+    "INSTANCE_RELATION.NUM_LEVELS": (0, "InstanceRelation"),
+    "INSTANCE_RELATION.RESOLUTION": (0, "InstanceRelation"),
+    "INSTANCE_RELATION.EMBEDDING_CHANNELS": (0, "InstanceRelation"),
+    "INSTANCE_FEATURE.NUM_LEVELS": (0, "InstanceFeature"),
+    "INSTANCE_FEATURE.RESOLUTION": (0, "InstanceFeature"),
+    "HINTON.TEMPERATURE": (0.0, "HintonKD"),
+    "RKD.MAX_INSTANCES": (2, "RKD"),
+    "DEFEAT.TEMPERATURE": (0.0, "DeFeat"),
+    "FGFI.THRESHOLD": (1.0, "FGFI"),
+    "FBKD.TEMPERATURE": (0.0, "FBKD"),
+    "GID.NUM_INSTANCES": (0, "GID"),
+    "GID.NMS_THRESHOLD": (1.1, "GID"),
+    "GID.ANCHOR_THRESHOLD": (0.0, "GID"),
+    "GID.POOLER_RESOLUTION": (0, "GID"),
+    "ICD.NUM_HEADS": (0, "ICD"),
+    "ICD.HIDDEN_DIM": (0, "ICD"),
+    "ICD.MAX_QUERIES": (0, "ICD"),
+    "CWD.TEMPERATURE": (0.0, "CWD"),
+    "FGD.TEMPERATURE": (0.0, "FGD"),
+    "MGD.MASK_RATIO": (1.0, "MGD"),
+    "DKD.TEMPERATURE": (0.0, "DKD"),
+}
+
+
+@pytest.mark.parametrize("key", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused_before_the_first_image_is_read(tiny_cfg, key):
+    value, loss = OUT_OF_RANGE[key]
+    cfg = tiny_cfg("rcnn", KD + key, value, *([KD + "LOSSES", [loss]] if loss else []))
+    with pytest.raises(ValueError, match=re.escape(f"{KD}{key} is {value}; it must be")):
+        build_model(cfg)
 
 
 def trainer_to_the_first_step(cfg):

@@ -96,3 +96,14 @@ def test_of_every_loss_those_that_the_pair_cannot_have_are_named(tiny_cfg, caplo
         build(cfg.clone(), every_loss=False)
     model = build(cfg, every_loss=True)
     assert list(model.distiller.losses) == ["FitNet", "PKD"] and "Left out: " in caplog.text
+
+
+def test_several_that_the_pair_cannot_have_are_left_out_together(tiny_cfg):
+    cfg = tiny_cfg("rcnn")
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = [
+        *cfg.MODEL.GLOBALKD.TEACHER.OPTS,
+        *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]),
+    ]
+    cfg.MODEL.GLOBALKD.LOSSES = ["GID", "FitNet", "FeatureRichness"]
+    register_datasets(cfg)
+    assert list(build(cfg, every_loss=True).distiller.losses) == ["FitNet"]

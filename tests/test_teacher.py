@@ -21,7 +21,7 @@ from toy_step import toy_step
 from globalkd.data import register_datasets
 from globalkd.distiller import Distiller
 from globalkd.features import pool, pool_without_waiting, pools_without_waiting
-from globalkd.losses import ResponseKnowledge
+from globalkd.losses import FGFI, FitNet, GlobalKnowledge, ResponseKnowledge
 from globalkd.teacher import Teacher
 from globalkd.teacher.backbone_pass import is_safe_in_bf16
 from globalkd.teacher.building import build_teacher, fold_norms, teacher_config
@@ -383,6 +383,15 @@ def test_a_teacher_of_two_distillers_is_whole_again_for_heads(tiny_cfg):
     again = Distiller(teacher=teacher, losses=[ResponseKnowledge(use_reliability=False)])
     again.attach(student)
     assert list(teacher.features(make_batch([1]), "BGR")) == list(teacher.output_shape)
+
+
+@pytest.mark.faults
+def test_losses_that_read_prototypes_need_what_makes_them(tiny_cfg):
+    student = build_model(tiny_cfg("rcnn"))
+    teacher = student.distiller.teacher
+    distiller = Distiller(teacher=teacher, losses=[GlobalKnowledge(), FitNet(), FGFI()])
+    with pytest.raises(ValueError, match=r"\['GlobalKnowledge'\] read prototypes.*`refresher`"):
+        distiller.attach(student)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -19,9 +19,10 @@ from detectron2.utils.events import EventStorage
 
 from globalkd import Distiller, add_globalkd_config
 from globalkd.analysis.export import export_student, stock_config
-from globalkd.analysis.runs import is_distilled, load_run, read_config, read_metrics
+from globalkd.analysis.runs import load_run, read_config, read_metrics
 from globalkd.data import register_datasets
 from globalkd.engine.trainer import DistillTrainer
+from globalkd.meta_arch import is_distilled
 
 sys.path.insert(0, str(ROOT))
 import train_net

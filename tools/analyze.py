@@ -11,7 +11,7 @@ import inspect
 from detectron2.utils.logger import setup_logger
 
 from globalkd.analysis import audit, compare, discrepancy, gallery, noise, reliability, report
-from globalkd.engine.user_modules import add_import_argument, import_modules
+from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 
 PARTS = {
     "audit": audit,
@@ -43,11 +43,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     setup_logger(name="detectron2")
     setup_logger(name="globalkd")
-    try:
+    with user_errors(parser):
         import_modules(args.imports)
         args.main(args)
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

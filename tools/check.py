@@ -15,7 +15,7 @@ import sys
 from globalkd.analysis.checks.check import check_run
 from globalkd.analysis.components import components_text
 from globalkd.config_reading import fall_back_to_cpu, load_config
-from globalkd.engine.user_modules import add_import_argument, import_modules
+from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 
 
 def main():
@@ -32,7 +32,8 @@ def main():
     add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     args = parser.parse_args()
-    import_modules(args.imports)
+    with user_errors(parser):
+        import_modules(args.imports)
     if args.list:
         print(components_text())
         return 0

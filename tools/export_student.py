@@ -17,7 +17,7 @@ import argparse
 import os
 
 from globalkd.analysis.export import export_student
-from globalkd.engine.user_modules import add_import_argument, import_modules
+from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 
 
 def main():
@@ -33,8 +33,8 @@ def main():
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
     )
     args = parser.parse_args()
-    import_modules(args.imports)
-    try:
+    with user_errors(parser, ImportError, RuntimeError):
+        import_modules(args.imports)
         agreement = export_student(
             args.run,
             args.output,
@@ -42,8 +42,6 @@ def main():
             num_images=args.images,
             opts=args.opts,
         )
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
     print(f"{args.output}: {os.path.getsize(args.output) / 2**20:.1f} MB; {summary(agreement)}.")
 
 

@@ -13,9 +13,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from globalkd import register_datasets
-from globalkd.analysis.runs import require_distilled
 from globalkd.config_reading import fall_back_to_cpu, load_config
-from globalkd.engine.user_modules import add_import_argument, import_modules
+from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
+from globalkd.meta_arch import require_distilled
 from globalkd.safe_loading import ReportingCheckpointer
 
 
@@ -30,10 +30,8 @@ def main():
     args = parser.parse_args()
     for name in ("fvcore", "detectron2", "globalkd"):
         setup_logger(name=name)
-    try:
+    with user_errors(parser):
         run(args)
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def run(args):

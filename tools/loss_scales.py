@@ -14,7 +14,6 @@ Nothing is trained. Warm-up, decay and later starts of the configuration are lef
 
 import argparse
 import logging
-import re
 from statistics import mean
 
 import torch
@@ -23,10 +22,11 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from globalkd import DISTILL_LOSS_REGISTRY, register_datasets
-from globalkd.analysis.runs import require_distilled
 from globalkd.config_reading import fall_back_to_cpu, load_config
+from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 from globalkd.engine.trainer import DistillTrainer
-from globalkd.engine.user_modules import add_import_argument, import_modules
+from globalkd.meta_arch import require_distilled
+from globalkd.pairing import UnfitLosses
 from globalkd.safe_loading import SafeCheckpointer
 
 logger = logging.getLogger("globalkd")
@@ -107,10 +107,8 @@ def main():
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as of train_net")
     args = parser.parse_args()
     setup_logger(name="globalkd")
-    try:
+    with user_errors(parser):
         print(run(args))
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def build(cfg, *, every_loss):
@@ -119,12 +117,11 @@ def build(cfg, *, every_loss):
     while True:
         try:
             return DistillTrainer.build_model(cfg)
-        except ValueError as error:
-            named = [name for name in names if re.search(rf"\b{name}\b", str(error))]
-            if not every_loss or len(named) != 1:
+        except UnfitLosses as error:
+            if not every_loss:
                 raise
             logger.warning(f"Left out: {error}")
-            names.remove(named[0])
+            names[:] = [name for name in names if name not in error.losses]
 
 
 def run(args):

@@ -11,6 +11,7 @@ import argparse
 from collections import Counter
 
 from globalkd.analysis.planted_errors import plant_errors
+from globalkd.engine.command_line import user_errors
 
 
 def main():
@@ -23,14 +24,15 @@ def main():
         parser.add_argument(f"--{kind}", type=float, default=0.05, help=f"share of {kind} errors")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     args = parser.parse_args()
-    changed = plant_errors(
-        args.annotations,
-        args.output,
-        label_share=args.label,
-        box_share=args.box,
-        missing_share=args.missing,
-        seed=args.seed,
-    )
+    with user_errors(parser):
+        changed = plant_errors(
+            args.annotations,
+            args.output,
+            label_share=args.label,
+            box_share=args.box,
+            missing_share=args.missing,
+            seed=args.seed,
+        )
     counts = Counter(annotation["planted_error"] for annotation in changed)
     print(f"{args.output}: planted {dict(counts)}")
 

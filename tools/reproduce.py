@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from globalkd.data import make_digit_scenes
+from globalkd.engine.command_line import user_errors
 from globalkd.experiments.figures import draw_table
 from globalkd.experiments.matrix import config_digest, load_table
 from globalkd.experiments.provenance import commit, machine
@@ -164,7 +165,8 @@ def main():
     args.results = args.results.resolve() if args.results else args.output / "results"
     args.data = args.data and relative_to_root(args.data)
     os.chdir(ROOT)  # where train_net.py and its relative paths are seen from
-    tables = [load_table(TABLES / f"{name}.yaml", args.seeds) for name in args.tables]
+    with user_errors(parser):
+        tables = [load_table(TABLES / f"{name}.yaml", args.seeds) for name in args.tables]
     kinds = sorted({table.data for table in tables})
     if args.data and len(kinds) > 1:
         parser.error(f"--data names one folder, but the tables need {kinds}: run them separately.")

@@ -25,26 +25,6 @@ logger = logging.getLogger(__name__)
 
 _ZOO = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
 
-#: Ends of the names of our numbers that must be above 0. Every other one may be 0.
-_POSITIVE = (
-    "GLOBALKD.WEIGHT",
-    "POOLER_RESOLUTION",
-    "RESOLUTION",
-    "NUM",
-    "DBSCAN_EPS",
-    "TEMPERATURE",
-    "NUM_NODES",
-    "STATE_CHANNELS",
-    "NUM_LEVELS",
-    "EMBEDDING_CHANNELS",
-    "NUM_INSTANCES",
-    "HIDDEN_DIM",
-    "NUM_HEADS",
-    "MAX_QUERIES",
-)
-#: Leaf names of our numbers that have a largest value.
-_LARGEST = {"DENSITY_PERCENTILE": 100, "THRESHOLD": 1, "NMS_THRESHOLD": 1, "ANCHOR_THRESHOLD": 1}
-
 
 def load_config(
     config_file: str,
@@ -66,7 +46,7 @@ def load_config(
         opts_of: where `opts` come from, for messages.
 
     Returns:
-        The config, not frozen, with its numbers checked by `check_config`.
+        The config, not frozen, checked by `check_config`.
 
     Raises:
         FileNotFoundError: no such file, or no such `_BASE_`.
@@ -203,18 +183,18 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, object]]:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Check what can be told from the config alone: ranges of our numbers, and contradictions.
+    """Check what can be told from the config alone: signs of our numbers, and contradictions.
 
-    A teacher beside a meta-architecture that does not distil is warned of.
+    Narrower ranges are checked where a number is used, by its constructor.
 
     Raises:
         ValueError: the message names the key, the value and what would be right.
     """
     for key, value in _leaves(cfg.MODEL.GLOBALKD, "MODEL.GLOBALKD."):
         values = value if isinstance(value, (list, tuple)) else [value]
-        for number in values:
-            if isinstance(number, (int, float)) and key != "MODEL.GLOBALKD.TEACHER.OPTS":
-                _check_number(key, value, number)
+        numbers = [x for x in values if isinstance(x, (int, float))]
+        if key != "MODEL.GLOBALKD.TEACHER.OPTS" and not all(0 <= x < math.inf for x in numbers):
+            raise ValueError(f"{key} is {value}; it must be 0 or more and finite.")
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
@@ -233,13 +213,6 @@ def check_config(cfg: CfgNode) -> None:
             f"SOLVER.STEPS {cfg.SOLVER.STEPS} contains SOLVER.MAX_ITER = {cfg.SOLVER.MAX_ITER}: "
             "the learning rate can only be lowered before the end of the training."
         )
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if node.ENABLED and node.TEACHER.CONFIG_FILE and not architecture.startswith("Distill"):
-        logger.warning(
-            f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE names a teacher, but MODEL.META_ARCHITECTURE is "
-            f"{architecture!r}, which does not distil. Set it to 'DistillGeneralizedRCNN' or "
-            "'DistillRetinaNet', or MODEL.GLOBALKD.ENABLED to False."
-        )
 
 
 def fall_back_to_cpu(cfg: CfgNode) -> None:
@@ -255,15 +228,3 @@ def fall_back_to_cpu(cfg: CfgNode) -> None:
             "SOLVER.AMP.ENABLED is False instead of True: Detectron2 needs a GPU for it."
         )
         cfg.SOLVER.AMP.ENABLED = False
-
-
-def _check_number(key: str, value, number: float) -> None:
-    leaf = key.rpartition(".")[2]
-    positive = key.endswith(tuple(f".{end}" for end in _POSITIVE))
-    largest = _LARGEST.get(leaf, math.inf)
-    if math.isfinite(number) and (number > 0 or not positive) and 0 <= number <= largest:
-        return
-    needed = "above 0" if positive else "0 or more"
-    if largest < math.inf:
-        needed = f"between 0 and {largest}"
-    raise ValueError(f"{key} is {value}; it must be {needed} and finite.")

@@ -185,7 +185,8 @@ def convert_deltas(deltas: Tensor, source: Box2BoxTransform, target: Box2BoxTran
     """Box predictions (..., 4) for one transform -> those that give the same boxes by another."""
     if source.weights == target.weights:
         return deltas
-    return deltas * deltas.new_tensor([t / s for s, t in zip(source.weights, target.weights)])
+    factors = torch.tensor([t / s for s, t in zip(source.weights, target.weights)])
+    return deltas * factors.to(deltas, non_blocking=True)
 
 
 def by_cell(maps: Tensor, num_anchors: int) -> Tensor:

@@ -197,13 +197,19 @@ class Distiller(nn.Module):
             levels=[p.student for p in self.levels],
             num_classes=num_classes,
         )
-        losses = self.losses.values()
         names = [p.teacher for p in self.levels]
         self.teacher.read_levels(
             list(self.teacher.output_shape) if self.read & READ_OF_HEADS else names
         )
         weighted = self.bank_settings["reliability"] != "none"
-        if any("bank" in x.reads or (x.use_reliability and weighted) for x in losses):
+        reading = [
+            n
+            for n, x in self.losses.items()
+            if "bank" in x.reads or (x.use_reliability and weighted)
+        ]
+        if reading:
+            if self.refresher is None:
+                raise ValueError(f"{reading} read prototypes: the Distiller needs a `refresher`.")
             self.bank = PrototypeBank(
                 levels=[p.student for p in self.levels],
                 num_classes=num_classes,
@@ -211,8 +217,7 @@ class Distiller(nn.Module):
                 student_channels={p.student: p.student_channels for p in self.levels},
                 **self.bank_settings,
             )
-            if self.refresher is not None:
-                self.reservoir = self.refresher.build_reservoir(self.levels, num_classes)
+            self.reservoir = self.refresher.build_reservoir(self.levels, num_classes)
         for loss in self.losses.values():
             loss.num_classes = num_classes
             if loss.hidden_depth:
@@ -262,8 +267,6 @@ class Distiller(nn.Module):
             )
         if self.bank is None or self.factor(iteration) == 0:
             return
-        if self.refresher is None:
-            raise ValueError("A loss needs prototypes: give the Distiller a PrototypeRefresher.")
         if not self.bank.is_ready and self.refresher.file:
             self.refresher.load(self.bank)
         if not self.refresher.is_due(iteration, self.bank):

@@ -10,7 +10,7 @@ from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Tupl
 from unittest import mock
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes, Instances
@@ -116,7 +116,9 @@ class DistillMixin:
             losses = super().forward(batched_inputs, *args, **kwargs)
             return {**losses, **self.distiller.zero_terms()}
         # Once for both detectors: what is there already, they do not send to the device again.
-        batched_inputs = [{**x, "image": x["image"].to(self.device)} for x in batched_inputs]
+        batched_inputs = [
+            {**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs
+        ]
         teacher_pass = self.distiller.begin(batched_inputs)
         with self._recording() as recorded:
             losses = super().forward(batched_inputs, *args, **kwargs)
@@ -279,3 +281,24 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
             rows=rows,
         )
         return AnchorCandidates(labels, self.loss_normalizer), positives
+
+
+def is_distilled(cfg: CfgNode) -> bool:
+    """Whether a configuration trains a student with a teacher."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    architecture = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    distils = isinstance(architecture, type) and issubclass(architecture, DistillMixin)
+    return cfg.MODEL.GLOBALKD.ENABLED and distils
+
+
+def require_distilled(cfg: CfgNode, name: str = "The configuration") -> None:
+    """Raise a ValueError that says why, unless a configuration trains with a teacher.
+
+    Args:
+        name: whose configuration it is, for the message.
+    """
+    if not is_distilled(cfg):
+        raise ValueError(
+            f"{name} does not distil: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE} and "
+            f"MODEL.GLOBALKD.ENABLED is {cfg.MODEL.GLOBALKD.ENABLED}."
+        )

@@ -7,6 +7,7 @@ import logging
 from typing import List, Mapping, Sequence, Tuple
 
 import torch
+from detectron2.modeling import RetinaNet
 from detectron2.modeling.proposal_generator.rrpn import RRPN
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import nn
@@ -15,6 +16,18 @@ from .dense_head import find_dense_head, tower_widths
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+
+class UnfitLosses(ValueError):
+    """Losses that cannot compare a pair of detectors.
+
+    Attributes:
+        losses: their names.
+    """
+
+    def __init__(self, losses: Sequence[str], reason: str):
+        super().__init__(f"{list(losses)} {reason}")
+        self.losses = list(losses)
 
 
 def check_pair(
@@ -33,7 +46,8 @@ def check_pair(
         num_classes: the student's.
 
     Raises:
-        ValueError: it does not; the message names the losses that ask for it.
+        UnfitLosses: it does not.
+        ValueError: it is of no kind that can be distilled.
     """
 
     def reading(*parts: str) -> List[str]:
@@ -48,21 +62,23 @@ def check_pair(
     for stages, kind in (("one", "dense"), ("two", "box")):
         defined = [n for n, loss in losses.items() if loss.stages == stages]
         if defined and _head_kind(student) != kind:
-            raise ValueError(
-                f"{defined} are defined for {stages}-stage detectors, but the student "
+            raise UnfitLosses(
+                defined,
+                f"are defined for {stages}-stage detectors, but the student "
                 f"({type(student).__name__}) has {_head_kind(student)} heads. Take them out of "
                 "MODEL.GLOBALKD.LOSSES, or distil "
-                f"{'a RetinaNet' if stages == 'one' else 'a Faster R-CNN'}."
+                f"{'a RetinaNet' if stages == 'one' else 'a Faster R-CNN'}.",
             )
     comparing = reading("responses", "predictions")
     by_anchor = reading("teacher_dense")
     if _head_kind(student) == "dense":
         by_anchor += comparing
     if by_anchor and teacher.input_scale != 1:
-        raise ValueError(
-            f"{by_anchor} compare anchor by anchor, but with MODEL.GLOBALKD.TEACHER.INPUT_SCALE = "
+        raise UnfitLosses(
+            by_anchor,
+            f"compare anchor by anchor, but with MODEL.GLOBALKD.TEACHER.INPUT_SCALE = "
             f"{teacher.input_scale:g} the teacher's anchors are others. Set it to 1, or take the "
-            "losses out of MODEL.GLOBALKD.LOSSES."
+            "losses out of MODEL.GLOBALKD.LOSSES.",
         )
     if by_anchor:
         _check_padding(student, teacher.model, by_anchor)
@@ -90,23 +106,25 @@ def check_comparable(
         num_classes: the student's.
 
     Raises:
-        ValueError: other number of classes, heads of another kind, or other anchors.
+        UnfitLosses: other number of classes, heads of another kind, or other anchors.
     """
     _check_num_classes(teacher, losses, num_classes)
     if _head_kind(student) != _head_kind(teacher.model) or _head_kind(student) == "unknown":
-        raise ValueError(
-            f"{losses} compare class predictions of heads of one kind, but the student "
+        raise UnfitLosses(
+            losses,
+            f"compare class predictions of heads of one kind, but the student "
             f"({type(student).__name__}) has {_head_kind(student)} heads and the teacher "
             f"({type(teacher.model).__name__}) {_head_kind(teacher.model)} ones. Take them out of "
-            "MODEL.GLOBALKD.LOSSES."
+            "MODEL.GLOBALKD.LOSSES.",
         )
     if _head_kind(student) == "dense":
         _check_dense_heads(student, teacher, losses)
     elif any(_scores_classes_alone(model) for model in (student, teacher.model)):
-        raise ValueError(
-            f"{losses} compare class predictions by a softmax over classes and background, but a "
+        raise UnfitLosses(
+            losses,
+            "compare class predictions by a softmax over classes and background, but a "
             "box head here is trained with MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE, where nobody reads "
-            "the background's score. Take them out of MODEL.GLOBALKD.LOSSES."
+            "the background's score. Take them out of MODEL.GLOBALKD.LOSSES.",
         )
 
 
@@ -120,21 +138,23 @@ def _padding(model: nn.Module) -> Tuple[int, int]:
 def _check_padding(student: nn.Module, teacher: nn.Module, losses: Sequence[str]) -> None:
     ours, theirs = _padding(student), _padding(teacher)
     if ours != theirs:
-        raise ValueError(
-            f"{losses} compare anchor by anchor, but the detectors pad images to other sizes: to "
+        raise UnfitLosses(
+            losses,
+            f"compare anchor by anchor, but the detectors pad images to other sizes: to "
             f"multiples of {ours[0]} (student) and {theirs[0]} (teacher), to squares of {ours[1]} "
             f"and {theirs[1]} (the backbone's square_pad; 0 for none). Give both the same, or take "
-            "the losses out of MODEL.GLOBALKD.LOSSES."
+            "the losses out of MODEL.GLOBALKD.LOSSES.",
         )
 
 
 def _check_num_classes(teacher: Teacher, losses: Sequence[str], num_classes: int) -> None:
     if losses and teacher.num_classes != num_classes:
-        raise ValueError(
-            f"{losses} compare class predictions, but the teacher has {teacher.num_classes} "
+        raise UnfitLosses(
+            losses,
+            f"compare class predictions, but the teacher has {teacher.num_classes} "
             f"classes and the student {num_classes}. Give both the NUM_CLASSES of the data; if "
             "they are to differ, take these out of MODEL.GLOBALKD.LOSSES and set "
-            "MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True."
+            "MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True.",
         )
 
 
@@ -148,7 +168,7 @@ def _head_kind(model: nn.Module) -> str:
     heads = getattr(model, "roi_heads", None)
     if isinstance(heads, (StandardROIHeads, Res5ROIHeads)):  # a cascade is a StandardROIHeads
         return "box"
-    if heads is None and hasattr(model, "_transpose_dense_predictions"):
+    if isinstance(model, RetinaNet):
         return "dense"
     return "unknown"
 
@@ -158,10 +178,11 @@ def _check_dense_heads(student: nn.Module, teacher: Teacher, losses: Sequence[st
     ours, theirs = find_dense_head(student), find_dense_head(teacher.model)
     if ours is None or theirs is None or type(ours.module) is not type(theirs.module):
         kinds = [type(x.module).__name__ if x else "none" for x in (ours, theirs)]
-        raise ValueError(
-            f"{losses} compare dense predictions, of RetinaNet's head or of the RPN, but the "
+        raise UnfitLosses(
+            losses,
+            f"compare dense predictions, of RetinaNet's head or of the RPN, but the "
             f"student's dense head is {kinds[0]} and the teacher's {kinds[1]}. Take them out of "
-            "MODEL.GLOBALKD.LOSSES."
+            "MODEL.GLOBALKD.LOSSES.",
         )
     ours, theirs = ours.anchor_generator, theirs.anchor_generator
     same = ours.strides == theirs.strides and all(
@@ -170,11 +191,12 @@ def _check_dense_heads(student: nn.Module, teacher: Teacher, losses: Sequence[st
     )
     offsets = [getattr(x, "offset", None) for x in (theirs, ours)]  # none in one of your own
     if not same or offsets[0] != offsets[1]:
-        raise ValueError(
-            f"{losses} compare anchor by anchor, but teacher and student have different anchors "
+        raise UnfitLosses(
+            losses,
+            f"compare anchor by anchor, but teacher and student have different anchors "
             f"(strides {theirs.strides} and {ours.strides}, offsets {offsets[0]} and {offsets[1]}, "
             "or MODEL.ANCHOR_GENERATOR sizes and ratios). Give both the same, or take the losses "
-            "out of MODEL.GLOBALKD.LOSSES."
+            "out of MODEL.GLOBALKD.LOSSES.",
         )
 
 
@@ -192,10 +214,11 @@ def hidden_channels(student: nn.Module, teacher: Teacher, depth: int) -> Tuple[i
 def _check_towers(student: nn.Module, teacher: Teacher, name: str, depth: int) -> None:
     ours, theirs = _tower_widths(student, teacher)
     if min(len(ours), len(theirs)) < depth:
-        raise ValueError(
-            f"{name} reads layer {depth} of the towers of RetinaNet's head, but the student's have "
+        raise UnfitLosses(
+            [name],
+            f"read layer {depth} of the towers of RetinaNet's head, but the student's have "
             f"{len(ours)} and the teacher's {len(theirs)} (MODEL.RETINANET.NUM_CONVS). Set the "
-            "loss's DEPTH to fewer."
+            "loss's DEPTH to fewer.",
         )
 
 
@@ -204,10 +227,11 @@ def _check_anchored(student: nn.Module, levels: Sequence[str], losses: Sequence[
     anchored = list(head.in_features) if head else []
     missing = [name for name in levels if name not in anchored]
     if missing:
-        raise ValueError(
-            f"{losses} need anchors on every level, but the student ({type(student).__name__}) has "
+        raise UnfitLosses(
+            losses,
+            f"need anchors on every level, but the student ({type(student).__name__}) has "
             f"none on {missing}, only on {anchored}. Set MODEL.GLOBALKD.IN_FEATURES to those, or "
-            "take the losses out of MODEL.GLOBALKD.LOSSES."
+            "take the losses out of MODEL.GLOBALKD.LOSSES.",
         )
 
 

@@ -92,8 +92,9 @@ def class_support(
     """
     support = torch.zeros(len(features), num_classes)
     moved = torch.zeros(len(features))
-    for image_id in features.image_ids.unique().tolist():
-        rows = (features.image_ids == image_id).nonzero().squeeze(1)
+    order = features.image_ids.argsort(stable=True)
+    image_ids, counts = features.image_ids[order].unique_consecutive(return_counts=True)
+    for image_id, rows in zip(image_ids.tolist(), order.split(counts.tolist())):
         found = detections[image_id]
         if len(found) == 0:
             continue

@@ -21,8 +21,9 @@ from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from torch import nn
 from tqdm import tqdm
 
+from ..meta_arch import is_distilled
 from .curves import draw_curves
-from .runs import final_metrics, first_test_set, is_distilled, load_run, load_teacher, read_config
+from .runs import final_metrics, first_test_set, load_run, load_teacher, read_config
 from .tables import as_text, write_csv
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from typing import List, Optional, Sequence, Tuple
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_globalkd_config
+from ..meta_arch import is_distilled
 from . import audit, compare, discrepancy, gallery, noise
 from .curves import draw_distillation
 from .html import Page
-from .runs import is_distilled, read_config, read_metrics
+from .runs import read_config, read_metrics
 
 #: In the order of the page. Each has add_arguments(parser) and main(args).
 PARTS = {

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from torch import nn
 
 from ..config_reading import fall_back_to_cpu, load_config
 from ..data import register_datasets
-from ..meta_arch import DistillMixin
+from ..meta_arch import require_distilled
 from ..safe_loading import ReportingCheckpointer
 from ..teacher import Teacher
 from ..teacher.building import teacher_from_config
@@ -161,27 +161,6 @@ def warn_if_not_last(checkpoint: Path) -> None:
         logger.warning(
             f"{checkpoint} is older than the run's last checkpoint, {last}: the run was resumed "
             "and has not ended."
-        )
-
-
-def is_distilled(cfg: CfgNode) -> bool:
-    """Whether a configuration trains a student with a teacher."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    architecture = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
-    distils = isinstance(architecture, type) and issubclass(architecture, DistillMixin)
-    return cfg.MODEL.GLOBALKD.ENABLED and distils
-
-
-def require_distilled(cfg: CfgNode, name: str = "The configuration") -> None:
-    """Raise a ValueError that says why, unless a configuration trains with a teacher.
-
-    Args:
-        name: whose configuration it is, for the message.
-    """
-    if not is_distilled(cfg):
-        raise ValueError(
-            f"{name} does not distil: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE} and "
-            f"MODEL.GLOBALKD.ENABLED is {cfg.MODEL.GLOBALKD.ENABLED}."
         )
 
 

@@ -6,7 +6,7 @@ from typing import List
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from .registration import read_categories
+from .registration import coco_entry, read_categories, voc_entry
 
 
 def class_names(cfg: CfgNode, dataset: str) -> List[str]:
@@ -22,11 +22,14 @@ def class_names(cfg: CfgNode, dataset: str) -> List[str]:
 
     Returns:
         The names; empty where they are not known.
+
+    Raises:
+        ValueError: an entry of DATASETS.COCO or DATASETS.VOC has another form.
     """
-    for name, json_file, _ in cfg.DATASETS.COCO:
+    for name, json_file, _ in map(coco_entry, cfg.DATASETS.COCO):
         if name == dataset and os.path.isfile(json_file):
             return [category["name"] for category in read_categories(json_file)]
-    for name, _, _, classes in cfg.DATASETS.VOC:
+    for name, _, _, classes in map(voc_entry, cfg.DATASETS.VOC):
         if name == dataset:
-            return list(classes)
+            return classes
     return list(MetadataCatalog.get(dataset).get("thing_classes", []))

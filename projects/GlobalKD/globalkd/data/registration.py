@@ -12,7 +12,7 @@ import os
 import re
 from contextlib import contextmanager
 from functools import partial
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import numpy as np
@@ -64,11 +64,30 @@ def register_datasets(cfg: CfgNode, names: Optional[Sequence[str]] = None) -> No
         _register_voc(entry)
 
 
+def coco_entry(entry: Sequence) -> Tuple[str, str, str]:
+    """The parts of an entry of DATASETS.COCO; a ValueError where it has another form."""
+    if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+        raise ValueError(f"DATASETS.COCO: {entry!r} should be {COCO_ENTRY}")
+    return tuple(entry)
+
+
+def voc_entry(entry: Sequence) -> Tuple[str, str, str, List[str]]:
+    """The parts of an entry of DATASETS.VOC; a ValueError where it has another form."""
+    if len(entry) != 4 or not all(isinstance(part, str) for part in entry[:3]):
+        raise ValueError(f"DATASETS.VOC: {entry!r} should be {VOC_ENTRY}")
+    name, folder, split, classes = entry
+    if isinstance(classes, str) or not classes or not all(isinstance(c, str) for c in classes):
+        raise ValueError(
+            f"DATASETS.VOC: entry {entry!r}: the class names should be a list of strings"
+        )
+    if len(set(classes)) != len(classes):
+        raise ValueError(f"DATASETS.VOC: entry {entry!r} names a class twice")
+    return name, folder, split, list(classes)
+
+
 def _register_coco(entry: Sequence[str], *, masks: bool) -> None:
     key = "DATASETS.COCO"
-    if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
-        raise ValueError(f"{key}: {entry!r} should be {COCO_ENTRY}")
-    name, json_file, image_root = entry
+    name, json_file, image_root = coco_entry(entry)
     _require_exists(key, entry, json_file)
     _require_exists(key, entry, image_root)
     source = [os.path.abspath(json_file), os.path.abspath(image_root)]
@@ -119,17 +138,11 @@ def _without_remark_on_ids() -> Iterator[None]:
 
 def _register_voc(entry: Sequence) -> None:
     key = "DATASETS.VOC"
-    if len(entry) != 4 or not all(isinstance(part, str) for part in entry[:3]):
-        raise ValueError(f"{key}: {entry!r} should be {VOC_ENTRY}")
-    name, folder, split, classes = entry
-    if isinstance(classes, str) or not classes or not all(isinstance(c, str) for c in classes):
-        raise ValueError(f"{key}: entry {entry!r}: the class names should be a list of strings")
-    if len(set(classes)) != len(classes):
-        raise ValueError(f"{key}: entry {entry!r} names a class twice")
+    name, folder, split, classes = voc_entry(entry)
     _require_exists(key, entry, split_file(folder, split))
     _require_exists(key, entry, os.path.join(folder, "Annotations"))
     _require_exists(key, entry, os.path.join(folder, "JPEGImages"))
-    source = [os.path.abspath(folder), split, list(classes)]
+    source = [os.path.abspath(folder), split, classes]
     if _is_registered(key, name, source):
         return
     # dirname, split and year are what Detectron2's own VOC evaluator reads.
@@ -139,9 +152,9 @@ def _register_voc(entry: Sequence) -> None:
         dirname=folder,
         split=split,
         year=2012,
-        thing_classes=list(classes),
+        thing_classes=classes,
     )
-    DatasetCatalog.register(name, partial(_load_voc, name, folder, split, list(classes)))
+    DatasetCatalog.register(name, partial(_load_voc, name, folder, split, classes))
 
 
 def _load_voc(name: str, folder: str, split: str, class_names: Sequence[str]) -> List[Dict]:

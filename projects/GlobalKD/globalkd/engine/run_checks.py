@@ -4,6 +4,7 @@ Not here: the datasets (`data/config_checks`), the keys (`config_reading`), the 
 (`pairing`).
 """
 
+import logging
 import os
 import re
 from contextlib import suppress
@@ -11,7 +12,10 @@ from contextlib import suppress
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from ..meta_arch import is_distilled
 from ..teacher.building import teacher_weights
+
+logger = logging.getLogger(__name__)
 
 HOLDS_A_RUN = (
     "OUTPUT_DIR {} holds a run already: without --resume its checkpoints of the same names are "
@@ -32,6 +36,17 @@ def check_output(cfg: CfgNode) -> None:
         raise ValueError(
             f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) is where the teacher's weights lie ({teacher}): the "
             "student's would replace them. Give the run another OUTPUT_DIR."
+        )
+
+
+def warn_of_idle_teacher(cfg: CfgNode) -> None:
+    """Warn where a config names a teacher and a meta-architecture that does not distil."""
+    node = cfg.MODEL.GLOBALKD
+    if node.ENABLED and node.TEACHER.CONFIG_FILE and not is_distilled(cfg):
+        logger.warning(
+            f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE names a teacher, but MODEL.META_ARCHITECTURE is "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}, which does not distil. Set it to "
+            "'DistillGeneralizedRCNN' or 'DistillRetinaNet', or MODEL.GLOBALKD.ENABLED to False."
         )
 
 

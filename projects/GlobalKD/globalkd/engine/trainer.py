@@ -43,7 +43,13 @@ from .hooks import (
     UnreadableImageCount,
 )
 from .launching import is_connection_lost
-from .run_checks import HOLDS_A_RUN, check_batch, check_output, scale_to_processes
+from .run_checks import (
+    HOLDS_A_RUN,
+    check_batch,
+    check_output,
+    scale_to_processes,
+    warn_of_idle_teacher,
+)
 from .run_state import RunState
 from .wandb_writer import WandbWriter
 
@@ -66,6 +72,7 @@ class DistillTrainer(DefaultTrainer):
         self.stop_signals = StopSignals()
         cfg = scale_to_processes(cfg, comm.get_world_size())
         check_output(cfg)
+        warn_of_idle_teacher(cfg)
         check_data(cfg)  # before anything that takes long
         if self._evaluates_by_itself():
             for name in cfg.DATASETS.TEST:

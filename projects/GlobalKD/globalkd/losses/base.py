@@ -79,7 +79,11 @@ class DistillLoss(nn.Module):
         return {name.lower(): value for name, value in keys.items()}
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
-        """Create what depends on the pair of detectors, such as adapters. Called once."""
+        """Create what depends on the pair of detectors, such as adapters. Called once.
+
+        Raises:
+            UnfitLosses: the loss cannot compare them.
+        """
 
     def forward(self, context: "DistillContext") -> Dict[str, Tensor]:
         """Unweighted scalar terms, one for each key of `weights`.

@@ -90,7 +90,7 @@ class FGFI(DistillLoss):
             use_reliability: multiply each box's cells by its reliability.
         """
         super().__init__({"loss_kd_fgfi": weight}, use_reliability=use_reliability)
-        require("FGFI.THRESHOLD", threshold, 0 < threshold < 1, "between 0 and 1")
+        require("FGFI.THRESHOLD", threshold, 0 < threshold < 1, "in (0, 1)")
         self.threshold = threshold
 
     def attach(self, levels: Sequence[LevelPair]) -> None:

@@ -17,6 +17,7 @@ from torchvision.ops import batched_nms, box_iou
 
 from ..dense_head import DenseOutputs, convert_deltas
 from ..features import LevelPair, pool
+from ..pairing import UnfitLosses
 from ..requirement import require
 from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
@@ -150,7 +151,13 @@ class GID(DistillLoss):
             "loss_kd_gid_box": box_weight,
         }
         super().__init__(weights)
-        require("GID.NUM_INSTANCES", num_instances, num_instances >= 1, "1 or more")
+        for key, value, right, needed in (
+            ("NUM_INSTANCES", num_instances, num_instances >= 1, "1 or more"),
+            ("NMS_THRESHOLD", nms_threshold, 0 <= nms_threshold <= 1, "in [0, 1]"),
+            ("ANCHOR_THRESHOLD", anchor_threshold, 0 < anchor_threshold <= 1, "in (0, 1]"),
+            ("POOLER_RESOLUTION", pooler_resolution, pooler_resolution >= 1, "1 or more"),
+        ):
+            require(f"GID.{key}", value, right, needed)
         self.num_instances = num_instances
         self.nms_threshold = nms_threshold
         self.min_box_size = min_box_size
@@ -159,12 +166,12 @@ class GID(DistillLoss):
 
     def attach(self, levels: Sequence[LevelPair]) -> None:
         strides = [p.stride for p in levels]
-        require(
-            "IN_FEATURES",
-            [p.student for p in levels],
-            all(b == 2 * a for a, b in zip(strides, strides[1:])),
-            f"levels whose strides double, as GID pools from them (these have {strides})",
-        )
+        if any(b != 2 * a for a, b in zip(strides, strides[1:])):
+            raise UnfitLosses(
+                ["GID"],
+                "pool from levels whose strides double, but MODEL.GLOBALKD.IN_FEATURES is "
+                f"{[p.student for p in levels]}, of strides {strides}.",
+            )
         if "loss_kd_gid_feature" in self.weights:
             self.adapters = build_adapters(levels, kernel_size=3, relu=False)
         self.pooler = ROIPooler(
@@ -210,6 +217,8 @@ class GID(DistillLoss):
 
     def _response_terms(self, context: DistillContext, rois: Tensor) -> Dict[str, Tensor]:
         """Class and box predictions of the anchors at the general instances."""
+        if not {"loss_kd_gid_class", "loss_kd_gid_box"} & set(self.weights):
+            return {}
         ours, theirs = context.student_dense, context.teacher_dense
         mask = anchors_at(
             rois,

@@ -14,6 +14,7 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..features import LevelPair
+from ..pairing import UnfitLosses
 from ..requirement import require
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .icd_conditions import Queries, cell_centres, describe, make_queries, sine_embedding
@@ -153,11 +154,11 @@ class ICD(DistillLoss):
         right = (weight > 0) == (auxiliary_weight > 0)
         needed = f"above 0 where MODEL.GLOBALKD.ICD.WEIGHT is, and 0 where it is 0; it is {weight}"
         require("ICD.AUXILIARY_WEIGHT", auxiliary_weight, right, needed)
-        if hidden_dim % 4 or hidden_dim % num_heads:
-            raise ValueError(
-                f"MODEL.GLOBALKD.ICD.HIDDEN_DIM is {hidden_dim}; it must be a multiple of 4 and of "
-                f"NUM_HEADS, which is {num_heads}."
-            )
+        require("ICD.NUM_HEADS", num_heads, num_heads >= 1, "1 or more")
+        divides = hidden_dim > 0 and hidden_dim % 4 == 0 and hidden_dim % num_heads == 0
+        needed = f"a multiple of 4 and of NUM_HEADS, which is {num_heads}"
+        require("ICD.HIDDEN_DIM", hidden_dim, divides, needed)
+        require("ICD.MAX_QUERIES", max_queries, max_queries >= 1, "1 or more")
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
         self.start_iter = start_iter
@@ -170,9 +171,10 @@ class ICD(DistillLoss):
     def attach(self, levels: Sequence[LevelPair]) -> None:
         widths = {(p.student_channels, p.teacher_channels) for p in levels}
         if len(widths) > 1:
-            raise ValueError(
-                "ICD attends to all levels at once: they must have equal widths, but have "
-                f"{sorted(widths)} (student, teacher). Choose by MODEL.GLOBALKD.IN_FEATURES."
+            raise UnfitLosses(
+                ["ICD"],
+                "attend to all levels at once: they must have equal widths, but have "
+                f"{sorted(widths)} (student, teacher). Choose by MODEL.GLOBALKD.IN_FEATURES.",
             )
         ((student_channels, teacher_channels),) = widths
         condition_dim = self.num_classes + self.hidden_dim + 10

@@ -59,7 +59,7 @@ def generate_prototypes(
         ValueError: a setting out of range, a class id outside [0, num_classes), or features that
             are not finite.
     """
-    _check(settings)
+    check_settings(settings)
     generate = PROTOTYPE_GENERATOR_REGISTRY.get(settings.generator)
     percentile = settings.density_percentile
     device = torch.device(device or features.classes.device)
@@ -178,7 +178,8 @@ def _prototype_set(
     )
 
 
-def _check(settings: GenerationSettings) -> None:
+def check_settings(settings: GenerationSettings) -> None:
+    """Raise a ValueError that names the key where a setting is out of range."""
     names = [name for name, _ in PROTOTYPE_GENERATOR_REGISTRY]
     percentile, lam, eps = settings.density_percentile, settings.lam, settings.dbscan_eps
     for key, value, right, needed in (

@@ -36,7 +36,7 @@ from .extraction import (
     usable_boxes,
 )
 from .fingerprint import settings_of, with_contents
-from .generation import generate_prototypes, rows_by_class
+from .generation import check_settings, generate_prototypes, rows_by_class
 from .reservoir import InstanceReservoir
 from .settings import GenerationSettings, ImageSource
 from .structures import PairedFeatures, PrototypeSet
@@ -78,6 +78,7 @@ class PrototypeRefresher:
             ("RESERVOIR_SIZE", reservoir_size, reservoir_size >= 1, "1 or more"),
         ):
             require(f"PROTOTYPES.{key}", value, right, needed)
+        check_settings(generation)
         self.source = source
         self.generation = generation
         self.images_per_batch = images_per_batch

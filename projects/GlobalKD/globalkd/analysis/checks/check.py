@@ -16,7 +16,6 @@ from torch import nn
 
 from ...engine.run_checks import HOLDS_A_RUN, check_batch, check_output, scale_to_processes
 from ...engine.trainer import DistillTrainer
-from ..runs import is_distilled
 from .cost import check_cost
 from .data import check_datasets, register_each
 from .detectors import check_detectors
@@ -71,11 +70,6 @@ def check_run(
 def check_settings(cfg: CfgNode, report: CheckReport) -> None:
     """What the keys say about each other."""
     node, iterations = cfg.MODEL.GLOBALKD, cfg.SOLVER.MAX_ITER
-    if node.ENABLED and not is_distilled(cfg):
-        report.warn(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: nothing is distilled. "
-            "DistillGeneralizedRCNN and DistillRetinaNet distil."
-        )
     if iterations < node.STOP_ITER:
         report.warn(
             f"MODEL.GLOBALKD.STOP_ITER ({node.STOP_ITER}) is past SOLVER.MAX_ITER ({iterations}): "

@@ -20,8 +20,8 @@ from ...data.config_checks import (
     detector_classes,
     require_images,
 )
+from ...meta_arch import is_distilled
 from ...prototypes.extraction import usable_boxes
-from ..runs import is_distilled
 from .report import CheckReport, shortened
 
 DATASET_KEYS = ("COCO", "VOC")

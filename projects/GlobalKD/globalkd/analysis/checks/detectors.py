@@ -17,6 +17,7 @@ def check_detectors(model: nn.Module, cfg: CfgNode, report: CheckReport) -> None
         lines.append("student: " + start)
     distiller = getattr(model, "distiller", None)
     if distiller is None:
+        lines.append(f"no teacher: nothing is distilled by {cfg.MODEL.META_ARCHITECTURE}")
         report.section("Detectors", *lines)
         return
     teacher = distiller.teacher

@@ -1,4 +1,4 @@
-"""`--import` of the commands: a user's own loss in each of them and in every process."""
+"""What the commands have in common: `--import` of a user's own loss; mistakes in a sentence."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ import pytest
 from conftest import NARROW, ROOT
 
 from globalkd.analysis.runs import read_metrics
-from globalkd.engine.user_modules import import_modules
+from globalkd.engine.command_line import import_modules
 
 COMMANDS = (
     "tools/check.py",
@@ -83,6 +83,31 @@ def test_a_command_imports_before_it_reads_anything(command, in_folder, run_comm
     arguments = ARGUMENTS.get(command, ["--config-file", "x.yaml"])
     with pytest.raises(SystemExit, match="imported"):
         run_command(command, *part, "--import", "ends_here", *arguments)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_missing_module_is_named_in_a_sentence(command, in_folder, run_command, capsys):
+    part = ["reliability"] if "analyze" in command else []
+    arguments = ARGUMENTS.get(command, ["--config-file", "x.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, *part, "--import", "own_parts.gone", *arguments)
+    assert ended.value.code == 2
+    assert "--import own_parts.gone: there is no module" in capsys.readouterr().err
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "command, arguments",
+    [("tools/plant_errors.py", ["x.json", "y.json"]), ("tools/reproduce.py", ["no_such_table"])],
+)
+def test_a_file_of_its_argument_is_named_in_a_sentence(
+    command, arguments, in_folder, run_command, capsys
+):
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, *arguments)
+    assert ended.value.code == 2
+    assert re.search(r"x\.json|no_such_table", capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.faults

@@ -1,13 +1,28 @@
-"""`--import MODULE` of the commands: modules of the user's that register losses or other parts.
+"""What the commands have in common: `--import MODULE`, and how they end on a mistake of the user's.
 
-The command line alone names them. A configuration does not: reading one runs no code.
+The modules register losses or other parts. The command line alone names them; a configuration does
+not: reading one runs no code.
 """
 
 import argparse
 import importlib
 import os
 import sys
-from typing import Sequence
+from contextlib import contextmanager
+from typing import Iterator, Sequence, Type
+
+
+@contextmanager
+def user_errors(parser: argparse.ArgumentParser, *more: Type[Exception]) -> Iterator[None]:
+    """End the command with status 2 and one message, no traceback, where its input is wrong.
+
+    Args:
+        more: exceptions beside OSError and ValueError whose messages tell the user enough.
+    """
+    try:
+        yield
+    except (OSError, ValueError, *more) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def add_import_argument(parser: argparse.ArgumentParser) -> None:
