@@ -26,7 +26,7 @@ from globalkd.data.config_checks import check_data
 from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 from globalkd.engine.launching import held_messages, launch
 from globalkd.engine.trainer import DistillTrainer
-from globalkd.safe_loading import ReportingCheckpointer, require_weights
+from globalkd.safe_loading import SafeCheckpointer, require_weights
 
 logger = logging.getLogger("globalkd")
 
@@ -91,7 +91,7 @@ def evaluate(cfg, args):
     alone.MODEL.GLOBALKD.ENABLED = False  # a student alone: no teacher is needed
     model = DistillTrainer.build_model(alone)
     allow_pickle = cfg.MODEL.GLOBALKD.ALLOW_PICKLE
-    checkpointer = ReportingCheckpointer(model, save_dir=cfg.OUTPUT_DIR, allow_pickle=allow_pickle)
+    checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, allow_pickle=allow_pickle)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     if checkpointer.unfilled:
         text = checkpointer.describe_unfilled("the detector")

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from globalkd.engine.evaluation import FastestCOCOeval
+from globalkd.engine.coco_evaluation import FasterCOCOeval
 
 CLASSES, SIDE, BOXES = 80, 640, 7
 
@@ -106,7 +106,7 @@ def main(argv=None) -> List[dict]:
     rows = []
     for name, implementation in (
         ("pycocotools", COCOeval),
-        ("faster-coco-eval", FastestCOCOeval),
+        ("faster-coco-eval", FasterCOCOeval),
     ):
         with contextlib.redirect_stdout(io.StringIO()):  # both evaluate data of their own
             result = evaluate(implementation, *synthetic(args.images, args.detections))

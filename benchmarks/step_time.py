@@ -33,9 +33,10 @@ from setting import (
 )
 from tabulate import tabulate
 
-from globalkd.distiller import Distiller, build_loss
+from globalkd.distiller import Distiller
 from globalkd.experiments.provenance import processor
 from globalkd.losses import DISTILL_LOSS_REGISTRY
+from globalkd.losses.building import build_loss
 from globalkd.teacher.building import teacher_config
 
 FULL = "GlobalKD"  # the three terms of the configuration's default

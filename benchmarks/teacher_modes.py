@@ -22,7 +22,8 @@ from setting import fill_bank, make_batch, seconds
 from step_time import Case
 from tabulate import tabulate
 
-from globalkd.distiller import Distiller, build_loss
+from globalkd.distiller import Distiller
+from globalkd.losses.building import build_loss
 from globalkd.teacher import Teacher
 from globalkd.teacher.cutting import cut_backbone
 

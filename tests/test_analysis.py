@@ -88,7 +88,7 @@ def test_both_weights_are_measured_with_the_same_prototypes(run):
 
     annotations = dataset_annotations(model, dataset)
     ambiguous = annotations.field("ambiguity", 0) > 0
-    weight = level_reliability(model, annotations.features)["p3"]  # the last type's
+    weight = level_reliability(model, annotations.features, "max_cosine")["p3"]
     row = rows["max_cosine", "p3"]
     assert row["auc"] == pytest.approx(ambiguity_auc(weight, ambiguous))
     assert row["ambiguous"] == pytest.approx(weight[ambiguous].mean())

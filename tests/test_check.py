@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 from detectron2.modeling import build_model
 
-from globalkd.analysis.checks.check import check_run, check_settings
-from globalkd.analysis.checks.data import check_datasets
-from globalkd.analysis.checks.report import CheckReport
-from globalkd.analysis.checks.step import Forecast, forecast, measure_terms
-from globalkd.analysis.components import list_components
+from globalkd.checks.check import check_run, check_settings
+from globalkd.checks.components import list_components
+from globalkd.checks.data import check_datasets
+from globalkd.checks.report import CheckReport
+from globalkd.checks.step import Forecast, forecast, measure_terms
 from globalkd.data import register_datasets
 
 

@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="CROSS_KD.DEPTH is 0"):
         build("MODEL.GLOBALKD.CROSS_KD.DEPTH", 0)
     with pytest.raises(
-        ValueError, match=r"CrossKD reads layer 5.*student's have 4 and the teacher's 4"
+        ValueError, match=r"CrossKD.. read layer 5.*student's have 4 and the teacher's 4"
     ):
         build("MODEL.GLOBALKD.CROSS_KD.DEPTH", 5)
     with pytest.raises(ValueError, match=r"\['CrossKD'\] are defined for one-stage"):

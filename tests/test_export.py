@@ -12,17 +12,16 @@ import torch
 from conftest import ROOT
 from detectron2.modeling import build_model
 
-from globalkd.analysis import graph_export
-from globalkd.analysis.export import export_student
-from globalkd.analysis.export_check import compare
-from globalkd.analysis.graph_export import Detections, detect, write_torchscript
+from globalkd.export import export_student, graphs
+from globalkd.export.comparison import compare
+from globalkd.export.graphs import Detections, detect, write_torchscript
 
 sys.path.insert(0, str(ROOT / "tools"))
 import export_student as export_tool
 
 both = pytest.mark.parametrize("kind", ["rcnn", "retinanet"])
 needs_onnx = pytest.mark.skipif(
-    any(graph_export.find_spec(name) is None for name in ("onnx", "onnxruntime")),
+    any(graphs.find_spec(name) is None for name in ("onnx", "onnxruntime")),
     reason="needs the extra [export]",
 )
 
@@ -61,9 +60,9 @@ def test_torchscript_detects_the_same_without_detectron2(run_folder, tmp_path, k
     agreement = export_student(str(run_folder(kind)), str(path), num_images=3)
     assert agreement.images == 5 and agreement.detections > 0  # two hard cases on top
     assert agreement.box < 1e-3 and agreement.score < 1e-5
-    files = {graph_export.ABOUT: ""}
+    files = {graphs.ABOUT: ""}
     graph = torch.jit.load(path, _extra_files=files)
-    about = json.loads(files[graph_export.ABOUT])
+    about = json.loads(files[graphs.ABOUT])
     assert about["classes"] == [str(i) for i in range(10)] and about["channels"] == "BGR"
     boxes, scores, classes = graph(torch.zeros(3, 50, 70, dtype=torch.uint8))
     assert len(boxes) == len(scores) == len(classes)
@@ -88,7 +87,7 @@ def test_onnx_detects_the_same(run_folder, tmp_path, kind):
 def test_onnx_that_is_not_installed_is_named_before_anything_runs(
     run_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(graph_export, "find_spec", lambda name: None)
+    monkeypatch.setattr(graphs, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"onnx and onnxruntime: pip install -e '.\[export\]'"):
         export_student(str(run_folder("rcnn")), str(tmp_path / "student.onnx"))
     assert not list(tmp_path.glob("student*"))

@@ -6,7 +6,7 @@ from toy_step import attach, leaves, toy_bank, toy_step
 
 from globalkd.losses import FeatureKnowledge
 from globalkd.losses.base import InstanceRows
-from globalkd.losses.masks import box_mask, instance_masks
+from globalkd.losses.masks import box_masks, instance_masks
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -40,9 +40,10 @@ def test_equal_boxes_give_each_instance_one_weight_in_all():
         image_index=torch.tensor([0, 1]),
         classes=torch.tensor([0, 0]),
     )
-    mask = box_mask(rows, torch.tensor([1.0, 0.5]), size=(2, 8, 8), stride=8, share=True)
+    weights = [torch.tensor([1.0, 0.5])]
+    (mask,) = box_masks(rows, weights, sizes=[(2, 8, 8)], strides=[8], share=True)
     torch.testing.assert_close(mask.sum(dim=(1, 2)), torch.tensor([1.0, 0.5]))
-    whole = box_mask(rows, torch.tensor([1.0, 0.5]), size=(2, 8, 8), stride=8)
+    (whole,) = box_masks(rows, weights, sizes=[(2, 8, 8)], strides=[8])
     assert ((mask > 0) == (whole > 0)).all() and whole.sum() == 1.0 + 24 * 0.5
 
     context = toy_step(bank=toy_bank())

@@ -1,6 +1,7 @@
 """tools/loss_scales.py: shares are those of gradients taken one by one."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_of_a_term_they_are_per_unit_of_weight(model, batch):
     shares = []
     for weight, of_all in ((1.0, 1.0), (2.0, 2.0)):
         model.distiller.losses["FitNet"].weights["loss_kd_fitnet"] = weight
-        model.distiller.weight = of_all
+        model.distiller.schedule = replace(model.distiller.schedule, weight=of_all)
         torch.manual_seed(1)
         measured = measure(model, batch)
         term = measured["FitNet", "loss_kd_fitnet", weight * of_all]

@@ -364,6 +364,7 @@ def test_all_levels_at_once_is_each_level_by_itself(name):
     widths = {"p2": (6, 5), "p3": (6, 5)}
     bank = make_bank(
         filled=False,
+        projection="pursuit",
         teacher_channels={n: w[0] for n, w in widths.items()},
         student_channels={n: w[1] for n, w in widths.items()},
     )

@@ -21,7 +21,7 @@ from processes import run_alone, run_in_processes, run_unsupervised
 import globalkd.prototypes.refresh
 from globalkd import add_globalkd_config
 from globalkd.data import register_datasets
-from globalkd.engine.evaluation import FastCOCOEvaluator
+from globalkd.engine.coco_evaluation import FastCOCOEvaluator
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.prototypes import extraction
 from globalkd.random_state import seed_all

@@ -2,16 +2,20 @@
 
 import pytest
 
-from globalkd.schedule import weight_factor
+from globalkd.schedule import WeightSchedule
 
 
 def factors(**changed):
-    settings = {"warmup_iters": 0, "stop_iter": 0, "decay": "none", "max_iter": 100}
-    return [weight_factor(i, **{**settings, **changed}) for i in range(100)]
+    return list(map(WeightSchedule(max_iter=100, **changed), range(100)))
 
 
 def test_without_settings_the_factor_is_one():
     assert set(factors()) == {1.0}
+
+
+def test_the_weight_multiplies_the_whole_course():
+    course = {"warmup_iters": 9, "decay": "cosine", "stop_iter": 80}
+    assert factors(weight=3.0, **course) == pytest.approx([3 * x for x in factors(**course)])
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])

@@ -9,15 +9,10 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from globalkd import sparse_convolution
 from globalkd.data import register_datasets
-from globalkd.sparse_convolution import (
-    convolve_cells,
-    has_local_classes,
-    single_logits,
-    window_logits,
-)
-from globalkd.teacher import Teacher
+from globalkd.sparse_convolution import convolve_cells
+from globalkd.teacher import Teacher, anchor_logits
+from globalkd.teacher.anchor_logits import has_local_classes, single_logits, window_logits
 
 CLASSES, CHANNELS = 5, 8
 
@@ -75,7 +70,7 @@ def test_logits_of_some_anchors_are_the_heads(count, monkeypatch):
     whole = [x.unflatten(1, (2, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in head(maps)[0]]
     whole = torch.cat(whole, dim=1).flatten(0, 1)
     rows = torch.randperm(len(whole))[:count].sort().values
-    monkeypatch.setattr(sparse_convolution, "WINDOWS_PER_CHUNK", 5)
+    monkeypatch.setattr(anchor_logits, "WINDOWS_PER_CHUNK", 5)
     for logits in (single_logits, window_logits):
         torch.testing.assert_close(logits(head, maps, rows, len(whole)), whole[rows])
 

@@ -18,10 +18,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from globalkd import Distiller, add_globalkd_config
-from globalkd.analysis.export import export_student, stock_config
 from globalkd.analysis.runs import load_run, read_config, read_metrics
 from globalkd.data import register_datasets
 from globalkd.engine.trainer import DistillTrainer
+from globalkd.export.student import export_student, stock_config
 from globalkd.meta_arch import is_distilled
 
 sys.path.insert(0, str(ROOT))

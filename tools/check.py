@@ -12,8 +12,8 @@ fail. Exit status 1 if there is a problem. Nothing is written.
 import argparse
 import sys
 
-from globalkd.analysis.checks.check import check_run
-from globalkd.analysis.components import components_text
+from globalkd.checks.check import check_run
+from globalkd.checks.components import components_text
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 

@@ -16,8 +16,8 @@ Where no test image is there, weights are written all the same, read back but no
 import argparse
 import os
 
-from globalkd.analysis.export import export_student
 from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
+from globalkd.export import export_student
 
 
 def main():

@@ -16,7 +16,7 @@ from globalkd import register_datasets
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 from globalkd.meta_arch import require_distilled
-from globalkd.safe_loading import ReportingCheckpointer
+from globalkd.safe_loading import SafeCheckpointer
 
 
 def main():
@@ -61,7 +61,7 @@ def start_student(model, cfg):
         ValueError: part of the backbone stays random. A training draws other random numbers, and
             its student would not be the one that the prototypes are of.
     """
-    checkpointer = ReportingCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE)
+    checkpointer = SafeCheckpointer(model, allow_pickle=cfg.MODEL.GLOBALKD.ALLOW_PICKLE)
     checkpointer.load(cfg.MODEL.WEIGHTS)
     unfilled = checkpointer.unfilled if cfg.MODEL.WEIGHTS else model.state_dict()
     inherited = model.distiller.start(model)

@@ -74,7 +74,7 @@ def measure(model, batch):
     for name, loss in losses.items():
         result[name, "", ""] = share_of_detection(loss.weights)
         for term in loss.weights:
-            weight = loss.weights[term] * model.distiller.weight
+            weight = loss.weights[term] * model.distiller.schedule.weight
             pull = gradients[term].norm() / unit
             result[name, term, weight] = (terms[term].item() / weight, pull.item() / weight)
     result["all together", "", ""] = share_of_detection(names)

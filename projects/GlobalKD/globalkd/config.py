@@ -176,7 +176,8 @@ def _add_prototype_keys(node: CN) -> None:
     # Coefficients of an instance on the prototypes: "pursuit" (Eq. 5 on residuals, both spaces
     # coupled) or "cosine" (cosine with each prototype; what the released code computes).
     node.PROJECTION.TYPE = "cosine"
-    # lambda of Eq. 5 in the projection; a key of its own, see docs/globalkd.md.
+    # lambda of Eq. 5 in the projection "pursuit" and in the reliability "coefficients"; a key of
+    # its own, see docs/globalkd.md.
     node.PROJECTION.LAMBDA = 10.0
 
     node.RELIABILITY = CN()

@@ -5,7 +5,6 @@ weights. It does not know how any loss works, nor which meta-architecture it ser
 """
 
 import logging
-import math
 from typing import Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 import torch
@@ -13,9 +12,10 @@ from detectron2.config import configurable
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .features import InstancePooler, LevelPair, match_levels
-from .losses import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss, InstanceRows, StudentOutputs
-from .losses.base import READ, READ_OF_HEADS
+from .features import InstancePooler, LevelPair, align_levels, match_levels
+from .losses import DistillContext, DistillLoss, InstanceRows, StudentOutputs
+from .losses.base import READ_OF_HEADS
+from .losses.building import active_losses, build_loss, check_terms
 from .non_finite import NonFiniteLosses
 from .pairing import check_pair, hidden_channels, inherit_heads
 from .prototypes.bank import PrototypeBank
@@ -23,7 +23,7 @@ from .prototypes.refresh import PrototypeRefresher
 from .prototypes.reservoir import InstanceReservoir
 from .prototypes.structures import PrototypeSet
 from .requirement import require
-from .schedule import weight_factor
+from .schedule import WeightSchedule
 from .teacher import Teacher
 from .teacher.building import teacher_from_config
 from .visualization import put_reliability
@@ -81,7 +81,6 @@ class Distiller(nn.Module):
         super().__init__()
         for key, value, allowed in (
             ("INSTANCES", instances, ("positives", "ground_truth")),
-            ("DECAY", decay, ("none", "linear", "cosine")),
             ("NON_FINITE_LOSS", non_finite_loss, ("raise", "skip")),
         ):
             require(key, value, value in allowed, allowed)
@@ -91,28 +90,8 @@ class Distiller(nn.Module):
                 f"INPUT.FORMAT is {input_format!r} and the teacher's {teacher.input_format!r}: "
                 "only RGB and BGR are turned into each other."
             )
-        require("WEIGHT", weight, 0 < weight < math.inf, "a finite number above 0")
-        active = [loss for loss in losses if loss.weights]
-        if not active:
-            raise ValueError(
-                "MODEL.GLOBALKD.LOSSES names no loss with a weight above 0. To train the student "
-                "alone, set MODEL.GLOBALKD.ENABLED False."
-            )
         self._teacher = (teacher,)  # in a tuple, and not a module: hidden from nn.Module
-        self.losses = nn.ModuleDict({type(loss).__name__: loss for loss in active})
-        if len(self.losses) < len(active):
-            raise ValueError("MODEL.GLOBALKD.LOSSES names a loss twice.")
-        for name, loss in self.losses.items():
-            if unknown := sorted(loss.reads - READ):
-                raise ValueError(f"{name}.reads has {unknown}; there are {sorted(READ)}.")
-        source: Dict[str, str] = {}
-        for loss_name, term in ((n, term) for n, x in self.losses.items() for term in x.weights):
-            if term in source:
-                raise ValueError(
-                    f"MODEL.GLOBALKD.LOSSES: {source[term]} and {loss_name} both return {term!r}, "
-                    "but terms need names of their own."
-                )
-            source[term] = loss_name
+        self.losses = active_losses(losses)
         self.refresher = refresher
         self.in_features = in_features
         self.instances = instances
@@ -127,13 +106,7 @@ class Distiller(nn.Module):
             "reliability": reliability,
         }
         self.inherit_teacher_heads = inherit_teacher_heads
-        self.weight = weight
-        self.schedule = {
-            "warmup_iters": warmup_iters,
-            "stop_iter": stop_iter,
-            "decay": decay,
-            "max_iter": max_iter,
-        }
+        self.schedule = WeightSchedule(weight, warmup_iters, stop_iter, decay, max_iter)
         self.non_finite = NonFiniteLosses(skip=non_finite_loss == "skip")
         self.input_format = input_format
         self.vis_period = vis_period
@@ -235,10 +208,6 @@ class Distiller(nn.Module):
         """The depths of the dense heads' towers that losses read."""
         return tuple(sorted({x.hidden_depth for x in self.losses.values() if x.hidden_depth}))
 
-    def factor(self, iteration: int) -> float:
-        """Factor on all distillation weights at an iteration: WEIGHT times `weight_factor`."""
-        return self.weight * weight_factor(iteration, **self.schedule)
-
     @torch.compiler.disable  # data loading, extraction: nothing that a compiled step could hold
     @torch.no_grad()
     def prepare(self, student: nn.Module, iteration: int) -> None:
@@ -260,12 +229,12 @@ class Distiller(nn.Module):
                 "does, before the trainer resumes."
             )
         self._begun = True
-        if iteration == self.schedule["max_iter"] > 0 and self.factor(iteration) == 0:
+        if iteration == self.schedule.max_iter > 0 and self.schedule(iteration) == 0:
             logger.warning(
                 f"Training goes on past SOLVER.MAX_ITER ({iteration}), where MODEL.GLOBALKD.DECAY "
-                f"{self.schedule['decay']!r} ends: distillation losses are 0 from here on."
+                f"{self.schedule.decay!r} ends: distillation losses are 0 from here on."
             )
-        if self.bank is None or self.factor(iteration) == 0:
+        if self.bank is None or self.schedule(iteration) == 0:
             return
         if not self.bank.is_ready and self.refresher.file:
             self.refresher.load(self.bank)
@@ -330,7 +299,7 @@ class Distiller(nn.Module):
             term name -> scalar, to be added to the student's losses.
         """
         iteration = get_event_storage().iter
-        factor = self.factor(iteration)
+        factor = self.schedule(iteration)
         self.non_finite.watch_parameters(self.losses)
         student = self.non_finite.watch_student(student)
         teacher_features = (teacher_pass or self.begin(batched_inputs))()
@@ -338,7 +307,7 @@ class Distiller(nn.Module):
         terms: Dict[str, Tensor] = {}
         for loss in self.losses.values():
             own = loss(context)
-            _check_terms(loss, own, detection_losses)
+            check_terms(loss, own, detection_losses)
             terms.update({n: term * (factor * loss.weights[n]) for n, term in own.items()})
         terms = self.non_finite.watch_terms(terms, iteration, batched_inputs)
         if self.reservoir is not None:
@@ -352,7 +321,7 @@ class Distiller(nn.Module):
     def _context(
         self, batched_inputs, student: StudentOutputs, teacher_features, iteration
     ) -> DistillContext:
-        student_maps, teacher_maps = DistillContext.align_maps(
+        student_maps, teacher_maps = align_levels(
             self.levels, student.features, self.teacher.on_input_grid(teacher_features)
         )
         ground_truth = InstanceRows.from_ground_truth(
@@ -420,35 +389,3 @@ class Distiller(nn.Module):
         if self.non_finite.skip:
             skipped = self.non_finite.report()
             storage.put_scalar("kd/skipped_steps", skipped, smoothing_hint=False)
-
-
-def _check_terms(loss: DistillLoss, terms: Dict[str, Tensor], others: Dict[str, Tensor]) -> None:
-    """Raise a ValueError where a loss's `forward` does not return what `DistillLoss` asks for."""
-    name = type(loss).__name__
-    if not isinstance(terms, dict) or terms.keys() != loss.weights.keys():
-        found = sorted(terms) if isinstance(terms, dict) else type(terms).__name__
-        raise ValueError(
-            f"{name}.forward must return a dict with the terms of its `weights`, "
-            f"{sorted(loss.weights)}; it returned {found}."
-        )
-    if wrong := [n for n, x in terms.items() if not isinstance(x, Tensor) or x.dim()]:
-        raise ValueError(f"{name}.forward must return scalar tensors; {wrong} are none.")
-    if taken := sorted(terms.keys() & others.keys()):
-        raise ValueError(f"{name} returns {taken}, which the detector's own losses are called.")
-
-
-def build_loss(cfg, name: str) -> DistillLoss:
-    """Build a registered loss from a config."""
-    if name not in DISTILL_LOSS_REGISTRY:
-        known = sorted(key for key, _ in DISTILL_LOSS_REGISTRY)
-        raise ValueError(
-            f"MODEL.GLOBALKD.LOSSES names {name!r}; registered are {known}. A loss of your own "
-            "needs its module to be imported: --import my_project.my_loss."
-        )
-    loss = DISTILL_LOSS_REGISTRY.get(name)(cfg)
-    if not isinstance(loss, DistillLoss):
-        raise ValueError(
-            f"MODEL.GLOBALKD.LOSSES names {name!r}, which gives a {type(loss).__name__} and no "
-            "DistillLoss (docs/own_loss.md)."
-        )
-    return loss

@@ -121,6 +121,19 @@ def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
     return student[..., :height, :width], teacher[..., :height, :width]
 
 
+def align_levels(
+    levels: Sequence[LevelPair], student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+    """Pick the matched levels out of both detectors' maps and cut them to equal size.
+
+    Returns:
+        The student's and the teacher's maps, both by the student's names.
+    """
+    pairs = [crop_to_common(student[p.student], teacher[p.teacher]) for p in levels]
+    names = [p.student for p in levels]
+    return dict(zip(names, [s for s, _ in pairs])), dict(zip(names, [t for _, t in pairs]))
+
+
 def to_rois(boxes: Sequence[Tensor]) -> Tensor:
     """Stack per-image (R_i, 4) boxes as (R, 5) float rows: image index, x1, y1, x2, y2."""
     image_index = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
@@ -132,6 +145,17 @@ def by_image(rois: Tensor, num_images: int) -> List[Boxes]:
     images = torch.arange(num_images, device=rois.device)
     counts = (rois[:, 0] == images[:, None]).sum(dim=1).tolist()  # bincount would wait twice
     return [Boxes(own) for own in rois[:, 1:].split(counts)]
+
+
+def assigned_levels(pooler: ROIPooler, boxes: Tensor) -> Tensor:
+    """(R,) int64, from which of a pooler's levels, 0 the finest, it pools each (R, 4) box."""
+    return assign_boxes_to_levels(
+        [Boxes(boxes)],
+        pooler.min_level,
+        pooler.max_level,
+        pooler.canonical_box_size,
+        pooler.canonical_level,
+    )
 
 
 def pools_without_waiting(pooler: ROIPooler) -> bool:
@@ -161,13 +185,7 @@ def pool_without_waiting(pooler: ROIPooler, maps: List[Tensor], rois: Tensor) ->
     Detectron2's own asks which boxes belong to a level, level by level. Here each level pools all
     of them, empty in the place of those that are not its own, which costs it nothing.
     """
-    level = assign_boxes_to_levels(
-        [Boxes(rois[:, 1:])],
-        pooler.min_level,
-        pooler.max_level,
-        pooler.canonical_box_size,
-        pooler.canonical_level,
-    )
+    level = assigned_levels(pooler, rois[:, 1:])
     pooled = None
     for index, (x, align) in enumerate(zip(maps, pooler.level_poolers)):
         own = level == index

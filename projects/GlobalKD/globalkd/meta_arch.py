@@ -12,14 +12,13 @@ from unittest import mock
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
-from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .dense_head import DenseOutputs, find_dense_head, tower_layers
 from .distiller import Distiller
-from .features import record_calls, record_outputs
+from .features import assigned_levels, record_calls, record_outputs
 from .losses import Candidates, DistillContext, Positives, StudentOutputs
 
 _HIDDEN = "distiller."
@@ -112,7 +111,7 @@ class DistillMixin:
             return super().forward(batched_inputs, *args, **kwargs)
         iteration = get_event_storage().iter
         self.distiller.prepare(self, iteration)
-        if self.distiller.factor(iteration) == 0:
+        if self.distiller.schedule(iteration) == 0:
             losses = super().forward(batched_inputs, *args, **kwargs)
             return {**losses, **self.distiller.zero_terms()}
         # Once for both detectors: what is there already, they do not send to the device again.
@@ -234,14 +233,7 @@ class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
         """(M,) stride of the level from which the box head pools each box."""
         heads = self.roi_heads
         pooler = heads.box_pooler if hasattr(heads, "box_pooler") else heads.pooler
-        level = assign_boxes_to_levels(
-            [Boxes(boxes)],
-            pooler.min_level,
-            pooler.max_level,
-            pooler.canonical_box_size,
-            pooler.canonical_level,
-        )
-        return 2.0 ** (level + pooler.min_level)
+        return 2.0 ** (assigned_levels(pooler, boxes) + pooler.min_level)
 
 
 @META_ARCH_REGISTRY.register()

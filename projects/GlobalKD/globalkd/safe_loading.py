@@ -26,7 +26,12 @@ _load_anything = torch.load  # `_load_file` exchanges torch.load while it runs
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """`DetectionCheckpointer` for files that nobody has to trust."""
+    """`DetectionCheckpointer` for files that nobody has to trust.
+
+    It keeps what Detectron2's only logs: the entries that a file did not fill.
+    """
+
+    incompatible = None  # nothing was loaded yet
 
     def __init__(self, model, save_dir: str = "", *, allow_pickle: bool = False, **kwargs):
         """
@@ -63,12 +68,6 @@ class SafeCheckpointer(DetectionCheckpointer):
             ) from error
         with mock.patch.object(torch, "load", _load_unsafely):
             return super()._load_file(filename)
-
-
-class ReportingCheckpointer(SafeCheckpointer):
-    """Keeps what Detectron2's loader only logs: the entries that a checkpoint did not fill."""
-
-    incompatible = None  # nothing was loaded yet
 
     def _load_model(self, checkpoint):
         self.incompatible = super()._load_model(checkpoint)

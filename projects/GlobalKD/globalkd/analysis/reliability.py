@@ -70,11 +70,8 @@ def reliability_report(model: nn.Module, dataset: str) -> List[dict]:
         )
     make_prototypes(model, training_instances(model)[1])
     rows = []
-    for name, measure in RELIABILITIES.items():
-        if measure is None:
-            continue
-        model.distiller.bank.reliability_type = name
-        weights = level_reliability(model, annotations.features)
+    for name in [kind for kind in RELIABILITIES if kind != "none"]:
+        weights = level_reliability(model, annotations.features, name)
         weights["mean"] = np.mean(list(weights.values()), axis=0)
         rows += [
             {
@@ -122,8 +119,10 @@ def dataset_reliability(model: nn.Module, dataset: str) -> AnnotationReliability
     )
 
 
-def level_reliability(model: nn.Module, features: PairedFeatures) -> Dict[str, np.ndarray]:
-    """Level -> (R,) omega of Eq. (8), with the prototypes in the model's bank."""
+def level_reliability(
+    model: nn.Module, features: PairedFeatures, kind: str = ""
+) -> Dict[str, np.ndarray]:
+    """Level -> (R,) omega of Eq. (8), with the prototypes in the model's bank; see its `kind`."""
     device = next(model.parameters()).device
     bank = model.distiller.bank
     return {
@@ -131,6 +130,7 @@ def level_reliability(model: nn.Module, features: PairedFeatures) -> Dict[str, n
             {level: features.teacher[level].to(device)},
             {level: features.student[level].to(device)},
             features.classes.to(device),
+            kind,
         )
         .squeeze(0)
         .cpu()

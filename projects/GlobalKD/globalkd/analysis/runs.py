@@ -13,7 +13,7 @@ from torch import nn
 from ..config_reading import fall_back_to_cpu, load_config
 from ..data import register_datasets
 from ..meta_arch import require_distilled
-from ..safe_loading import ReportingCheckpointer
+from ..safe_loading import SafeCheckpointer
 from ..teacher import Teacher
 from ..teacher.building import teacher_from_config
 
@@ -143,7 +143,7 @@ def load_whole(model: nn.Module, weights: str, *, allow_pickle: bool = False) ->
     Raises:
         ValueError: entries stayed as they were; the message names them.
     """
-    checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
+    checkpointer = SafeCheckpointer(model, allow_pickle=allow_pickle)
     extra = checkpointer.load(weights)
     if checkpointer.unfilled:
         raise ValueError(

@@ -12,14 +12,14 @@ from typing import Callable, List, Optional
 
 import torch
 
-from ..safe_loading import ReportingCheckpointer
+from ..safe_loading import SafeCheckpointer
 
 #: What is being written has this name until it is complete. One name: a killed run leaves at most
 #: one such file, and the next save overwrites it.
 _PARTIAL = "checkpoint.partial"
 
 
-class AtomicCheckpointer(ReportingCheckpointer):
+class AtomicCheckpointer(SafeCheckpointer):
     """`SafeCheckpointer` whose files are complete at every moment, and whole where it resumes.
 
     A run may be killed while it saves: `last_checkpoint` then still names the checkpoint before.

@@ -17,7 +17,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from ..dense_head import DenseOutputs
-from ..features import InstancePooler, LevelPair, crop_to_common
+from ..features import InstancePooler, LevelPair
 from ..prototypes.bank import PrototypeBank
 from ..teacher import Teacher
 from .outputs import Candidates, InstanceRows, Positives, Responses
@@ -147,13 +147,6 @@ class DistillContext:
     observations: Dict[str, Tensor] = field(default_factory=dict)
     #: What one loss computed and another may want too, by a key that says what it is.
     shared: Dict[tuple, Any] = field(default_factory=dict)
-
-    @staticmethod
-    def align_maps(levels: Sequence[LevelPair], student: Dict, teacher: Dict):
-        """Pick the matched levels out of both detectors' outputs and cut them to equal size."""
-        pairs = [crop_to_common(student[p.student], teacher[p.teacher]) for p in levels]
-        names = [p.student for p in levels]
-        return dict(zip(names, [s for s, _ in pairs])), dict(zip(names, [t for _, t in pairs]))
 
     @cached_property
     def student_instance_features(self) -> Dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..requirement import require
 from .adapters import build_adapters
 from .base import DISTILL_LOSS_REGISTRY, DistillContext, DistillLoss
 from .map_errors import cell_errors, weighted_mean
-from .masks import box_mask
+from .masks import instance_masks
 from .outputs import Responses
 
 #: Boxes are on the finest level up to twice this side in pixels, then on the next one, and so on.
@@ -106,19 +106,11 @@ class DeFeat(DistillLoss):
 
     def _map_terms(self, context: DistillContext) -> Dict[str, Tensor]:
         inside, outside = [], []
-        level_of_box = box_levels(context.ground_truth.boxes, len(context.levels))
-        for level, pair in enumerate(context.levels):
-            teacher = context.teacher_maps[pair.student]
+        on_level = box_levels(context.ground_truth.boxes, len(context.levels))
+        masks = instance_masks(self, context.on_ground_truth, on_level=on_level)
+        for pair, mask in zip(context.levels, masks):
             student = self.adapters[pair.student](context.student_maps[pair.student])
-            weight = self.instance_weight(context.on_ground_truth, pair.student).float()
-            # A weight of 0 must not turn an instance's cells into background.
-            mask = box_mask(
-                context.ground_truth,
-                weight.clamp_min(1e-6) * (level_of_box == level),
-                size=(len(teacher), *teacher.shape[-2:]),
-                stride=pair.stride,
-            )
-            errors = cell_errors(student, teacher)
+            errors = cell_errors(student, context.teacher_maps[pair.student])
             inside.append(weighted_mean(errors, mask))
             outside.append(weighted_mean(errors, (mask == 0).float()))
         return {

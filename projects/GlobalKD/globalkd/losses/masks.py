@@ -3,7 +3,7 @@
 Shapes: N images, R boxes, H x W cells of a level.
 """
 
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -14,29 +14,6 @@ from .outputs import InstanceRows
 CELLS_PER_CHUNK = 1 << 25
 
 
-def box_mask(
-    rows: InstanceRows,
-    weight: Tensor,
-    *,
-    size: Sequence[int],
-    stride: int,
-    share: bool = False,
-) -> Tensor:
-    """Paint boxes on the cells that they touch; in several boxes, the largest value wins.
-
-    Args:
-        rows: R boxes in input pixels.
-        weight: (R,) non-negative value of each box.
-        size: (N, H, W) of the result.
-        stride: input pixels per cell.
-        share: a box's weight is shared by its cells; otherwise each of them gets all of it.
-
-    Returns:
-        (N, H, W) float, without gradient; 0 outside every box.
-    """
-    return box_masks(rows, [weight], sizes=[size], strides=[stride], share=share)[0]
-
-
 def box_masks(
     rows: InstanceRows,
     weights: Sequence[Tensor],
@@ -45,7 +22,18 @@ def box_masks(
     strides: Sequence[int],
     share: bool = False,
 ) -> List[Tensor]:
-    """`box_mask` on several levels, each with its weights, size and stride."""
+    """Paint boxes on the cells that they touch; in several boxes, the largest value wins.
+
+    Args:
+        rows: R boxes in input pixels.
+        weights: per level, (R,) non-negative value of each box.
+        sizes: per level, (N, H, W) of the result.
+        strides: per level, input pixels per cell.
+        share: a box's weight is shared by its cells; otherwise each of them gets all of it.
+
+    Returns:
+        Per level, (N, H, W) float, without gradient; 0 outside every box.
+    """
     in_y, in_x = (_cells_inside(rows.boxes, sizes, strides, axis) for axis in (1, 0))
     masks = []
     for size, weight, by_y, by_x in zip(sizes, weights, in_y, in_x):
@@ -74,19 +62,30 @@ def _cells_inside(
     return inside.to(boxes.dtype).split(counts, dim=1)
 
 
-def instance_masks(loss: DistillLoss, context: DistillContext, *, share: bool) -> List[Tensor]:
+def instance_masks(
+    loss: DistillLoss,
+    context: DistillContext,
+    *,
+    share: bool = False,
+    on_level: Optional[Tensor] = None,
+) -> List[Tensor]:
     """Per level (N, H, W), what a cell of the context's instances counts; 0 outside all of them.
 
     Args:
         loss: whether it weighs instances by their reliability.
-        share: see `box_mask`.
+        share: see `box_masks`.
+        on_level: (R,) the one level that an instance is painted on, by its place in
+            `context.levels`; None: on all.
     """
     maps = [context.teacher_maps[pair.student] for pair in context.levels]
     weights = [loss.instance_weight(context, pair.student).float() for pair in context.levels]
+    # 0 would turn an instance's cells into background.
+    weights = [weight.clamp_min(1e-6) for weight in weights]
+    if on_level is not None:
+        weights = [weight * (on_level == i) for i, weight in enumerate(weights)]
     return box_masks(
         context.instances,
-        # 0 would turn an instance's cells into background.
-        [weight.clamp_min(1e-6) for weight in weights],
+        weights,
         sizes=[(len(x), *x.shape[-2:]) for x in maps],
         strides=[pair.stride for pair in context.levels],
         share=share,

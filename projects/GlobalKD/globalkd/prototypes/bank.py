@@ -52,7 +52,8 @@ class PrototypeBank(nn.Module):
             student_channels: level -> D_s.
             projection: "pursuit" (Eq. 5 on residuals, the spaces coupled) or "cosine" (cosine with
                 each prototype, each space on its own).
-            projection_lambda: lambda of "pursuit", >= 0.
+            projection_lambda: lambda of Eq. (5), >= 0, for the projection "pursuit" and for the
+                reliability "coefficients".
             reliability: "coefficients", "max_cosine" or "none"; see `reliability`.
             normalize: "pursuit" works on features and prototypes of unit length. Cosines always do.
 
@@ -68,7 +69,6 @@ class PrototypeBank(nn.Module):
         self.num_classes = num_classes
         self.num_prototypes = num_prototypes
         self.projection = projection
-        self.projection_lambda = lam
         self.reliability_type = reliability
         self.levels = nn.ModuleDict()
         for name in levels:
@@ -77,6 +77,7 @@ class PrototypeBank(nn.Module):
                 (teacher_channels[name], student_channels[name]),
                 lam=lam,
                 normalize=normalize,
+                pursuit=projection == "pursuit",
             )
         self.names = list(levels)
         widths = {(teacher_channels[name], student_channels[name]) for name in levels}
@@ -129,7 +130,11 @@ class PrototypeBank(nn.Module):
 
     @torch.no_grad()
     def reliability(
-        self, teacher: Dict[str, Tensor], student: Dict[str, Tensor], classes: Tensor
+        self,
+        teacher: Dict[str, Tensor],
+        student: Dict[str, Tensor],
+        classes: Tensor,
+        kind: str = "",
     ) -> Tensor:
         """The weight omega of each instance on one or more levels, Eq. (8).
 
@@ -143,13 +148,12 @@ class PrototypeBank(nn.Module):
             teacher: level -> (R, D_t) pooled raw features.
             student: level -> (R, D_s), of the same levels in the same order.
             classes: (R,) class ids in [0, K).
+            kind: one of these names; empty: the bank's own.
 
         Returns:
             (L, R) float32 in [0, 1], detached; 1 where the class has no prototype.
         """
-        weight = RELIABILITIES[self.reliability_type]
-        if weight is None:
-            return torch.ones(len(student), len(classes), device=classes.device)
+        weight = RELIABILITIES[kind or self.reliability_type]
         (weights,) = self._ask(weight, teacher, student, classes)
         return weights
 
@@ -253,6 +257,13 @@ def _coefficient_distance(
     return (torch.exp(-torch.linalg.vector_norm(difference, dim=-1)),)
 
 
-#: The values of MODEL.GLOBALKD.PROJECTION.TYPE and of MODEL.GLOBALKD.RELIABILITY.TYPE; None: 1.
+def _one(
+    projection: Projection, teacher: Tensor, student: Tensor, classes: Tensor
+) -> Tuple[Tensor]:
+    """1 everywhere."""
+    return (student.new_ones(student.shape[:-1]),)
+
+
+#: The values of MODEL.GLOBALKD.PROJECTION.TYPE and of MODEL.GLOBALKD.RELIABILITY.TYPE.
 PROJECTIONS = {"pursuit": Projection.by_pursuit, "cosine": Projection.by_cosine}
-RELIABILITIES = {"coefficients": _coefficient_distance, "max_cosine": _max_cosine, "none": None}
+RELIABILITIES = {"coefficients": _coefficient_distance, "max_cosine": _max_cosine, "none": _one}

@@ -9,7 +9,7 @@ import os
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Sequence
+from typing import Callable, Iterator, List, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..data.resumable_loader import shield_workers
 from ..data.unreadable import UNREADABLE, pass_over
-from ..features import InstancePooler, LevelPair, crop_to_common, to_rois
+from ..features import InstancePooler, LevelPair, align_levels, to_rois
 from ..random_state import isolated_rng
 from ..teacher import Teacher
 from .structures import PairedFeatures
@@ -207,15 +207,14 @@ def extract_features(
 
 
 def _extract_batch(student, teacher, batch, levels, pooler, input_format) -> PairedFeatures:
-    student_maps = student.backbone(student.preprocess_image(batch).tensor)
+    images = student.preprocess_image(batch).tensor
     teacher_maps = teacher.on_input_grid(teacher.features(batch, input_format))
-    pooled: Dict[str, Dict[str, Tensor]] = {"student": {}, "teacher": {}}
-    device = next(iter(student_maps.values())).device
-    rois = to_rois([x["boxes"] for x in batch]).to(device)
-    for pair in levels:
-        s, t = crop_to_common(student_maps[pair.student], teacher_maps[pair.teacher])
-        pooled["student"][pair.student] = pooler(s, rois, pair.stride).cpu()
-        pooled["teacher"][pair.student] = pooler(t, rois, pair.stride).cpu()
+    maps = align_levels(levels, student.backbone(images), teacher_maps)
+    rois = to_rois([x["boxes"] for x in batch]).to(images.device)
+    pooled = {
+        who: {p.student: pooler(own[p.student], rois, p.stride).cpu() for p in levels}
+        for who, own in zip(("student", "teacher"), maps)
+    }
     counts = torch.tensor([len(x["boxes"]) for x in batch])
     image_ids = torch.tensor([x["image_id"] for x in batch])
     return PairedFeatures(

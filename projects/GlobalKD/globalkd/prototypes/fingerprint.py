@@ -32,6 +32,8 @@ def settings_of(cfg: CfgNode) -> Dict[str, Any]:
         "pooler_resolution": node.POOLER_RESOLUTION,
         "input": [cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST],
         "datasets": list(cfg.DATASETS.TRAIN),
+        "filter_empty_annotations": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        "mask_on": cfg.MODEL.MASK_ON,
         **{k.lower(): v for k, v in node.PROTOTYPES.items() if k not in _WITHOUT_EFFECT},
     }
 

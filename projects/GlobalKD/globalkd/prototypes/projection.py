@@ -25,7 +25,8 @@ class Projection(nn.Module):
         valid: (..., K, P) bool, which slots hold a prototype.
         unit_teacher: (..., K, P, D_t) float32 of unit length, 0 in slots without a prototype.
         unit_student: (..., K, P, D_s), likewise.
-        operator: (2, ..., K, P, D_t + D_s), from a stacked feature to w_t and w_s of Eq. (5).
+        operator: (2, ..., K, P, D_t + D_s), from a stacked feature to w_t and w_s of Eq. (5);
+            empty where `by_pursuit` is not called.
         disagreement: (..., K, P, D_t + D_s), from a stacked feature of two unit vectors to
             (1 + 2 lambda) (w_t - w_s) of Eq. (5) with prototypes of unit length.
     """
@@ -119,16 +120,19 @@ class LevelPrototypes(nn.Module):
         *,
         lam: float,
         normalize: bool,
+        pursuit: bool,
     ):
         """
         Args:
             shape: (K, P).
             widths: (D_t, D_s).
-            lam: lambda of Eq. (5) in `by_pursuit`.
+            lam: lambda of Eq. (5) in `by_pursuit` and in `disagree`.
             normalize: see `Projection`.
+            pursuit: whether `by_pursuit` is to be called; its operator takes memory.
         """
         super().__init__()
         self.lam = lam
+        self.pursuit = pursuit
         self.register_buffer("teacher_prototypes", torch.zeros(*shape, widths[0]))
         self.register_buffer("student_prototypes", torch.zeros(*shape, widths[1]))
         self.register_buffer("valid", torch.zeros(shape, dtype=torch.bool))
@@ -145,10 +149,9 @@ class LevelPrototypes(nn.Module):
         derived = self.projection
         derived.valid = self.valid
         derived.unit_teacher, derived.unit_student = (x.float() for x in unit)
-        operator = of_unit = self._operator(unit)
-        if not derived.normalize:
-            operator = self._operator(raw)
-        derived.operator = operator.float()
+        of_unit = self._operator(unit)
+        if self.pursuit:
+            derived.operator = (of_unit if derived.normalize else self._operator(raw)).float()
         derived.disagreement = ((1 + 2 * self.lam) * (of_unit[0] - of_unit[1])).float()
 
     def _operator(self, atoms: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..config_reading import load_config
 from ..data.class_names import class_names
-from ..safe_loading import ReportingCheckpointer, require_weights
+from ..safe_loading import SafeCheckpointer, require_weights
 from ..sparse_roi_align import TeacherROIAlign
 from .backbone_pass import has_tf32, is_resnet
 from .teacher import Teacher
@@ -177,7 +177,7 @@ def load_teacher_weights(
         " Train the teacher first, or name a checkpoint; only to evaluate, set "
         "MODEL.GLOBALKD.ENABLED False.",
     )
-    checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
+    checkpointer = SafeCheckpointer(model, allow_pickle=allow_pickle)
     checkpointer.load(weights)
     if checkpointer.unfilled:
         _refuse(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..dense_head import DenseOutputs, find_dense_head, finish_tower, tower_layers
 from ..features import record_calls
 from ..requirement import require
-from ..sparse_convolution import has_local_classes, single_logits, window_logits
+from .anchor_logits import has_local_classes, single_logits, window_logits
 from .backbone_pass import BackbonePass, is_safe_in_bf16
 from .box_head import box_head_logits
 from .cutting import cut_backbone

@@ -1,7 +1,7 @@
 """The student of a run as a file of its own: weights for Detectron2, or a graph without it.
 
 Here: which formats there are, and the stock configuration beside weights. Not here: how a detector
-becomes a graph (`graph_export`), and the proof that it detects as the run does (`export_check`).
+becomes a graph (`graphs`), and the proof that it detects as the run does (`comparison`).
 """
 
 import logging
@@ -15,12 +15,12 @@ from detectron2.modeling import build_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..analysis.runs import load_run, written_config
 from ..config import add_globalkd_config
 from ..safe_loading import SafeCheckpointer
-from . import graph_export
-from .export_check import Agreement, compare, comparison_images, none_if_not_here, with_hard_cases
-from .graph_export import Detections
-from .runs import load_run, written_config
+from . import graphs
+from .comparison import Agreement, compare, comparison_images, none_if_not_here, with_hard_cases
+from .graphs import Detections
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def export_student(
     if ending in GRAPHS and num_images < 1:
         raise ValueError(f"--images is {num_images}, but a graph is made on an image: 1 or more.")
     if ending == ".onnx":
-        graph_export.require_onnx()
+        graphs.require_onnx()
     if ending in GRAPHS:
         opts = [*opts, "MODEL.DEVICE", "cpu"]  # a graph keeps its device
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
@@ -106,11 +106,11 @@ def export_student(
             tolerances = (0.0, 0.0)
         else:
             image = next(images)
-            write = graph_export.WRITERS[ending]
+            write = graphs.WRITERS[ending]
             detect = write(student, image, partial, _description(cfg))
             images = with_hard_cases(image, images)
             tolerances = (BOX_TOLERANCE, SCORE_TOLERANCE)
-        agreement = compare(lambda x: graph_export.detect(student, x), detect, images, *tolerances)
+        agreement = compare(lambda x: graphs.detect(student, x), detect, images, *tolerances)
         os.replace(partial, output)
     finally:
         if os.path.exists(partial):
@@ -140,7 +140,7 @@ def _write_weights(student: nn.Module, cfg: CfgNode, path: str) -> Callable[[Ten
     unequal |= {k for k in set(read) & set(state) if not torch.equal(read[k].cpu(), state[k])}
     if unequal:
         raise RuntimeError(f"Weights are not read back as they were: {sorted(unequal)[:8]}.")
-    return lambda image: graph_export.detect(stock, image)
+    return lambda image: graphs.detect(stock, image)
 
 
 def _write_stock_config(cfg: CfgNode, path: str, weights: str) -> None:

@@ -26,8 +26,6 @@ def list_components() -> Dict[str, List[Tuple[str, str]]]:
 
 
 def _first_line(thing) -> str:
-    if thing is None:  # the reliability weight "none"
-        return "1 everywhere."
     text = inspect.cleandoc(thing.__doc__ or "")  # its own: not that of its base class
     return " ".join(text.split("\n\n")[0].split())
 

@@ -1,6 +1,6 @@
 """Whether an exported student detects what the run does, on test images.
 
-Not here: how it is written (`export`, `graph_export`).
+Not here: how it is written (`student`, `graphs`).
 """
 
 import logging
@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from torch import Tensor
 
 from ..data import register_datasets
-from .graph_export import Detections
+from .graphs import Detections
 
 logger = logging.getLogger(__name__)
 

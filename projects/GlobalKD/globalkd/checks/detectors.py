@@ -4,7 +4,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
-from ...safe_loading import ReportingCheckpointer, require_weights
+from ..safe_loading import SafeCheckpointer, require_weights
 from .report import CheckReport, shortened
 
 
@@ -49,7 +49,7 @@ def load_student(
         report.warn("MODEL.WEIGHTS is empty: the student starts from random weights.")
         return "random weights"
     require_weights("MODEL.WEIGHTS", weights)
-    checkpointer = ReportingCheckpointer(model, allow_pickle=allow_pickle)
+    checkpointer = SafeCheckpointer(model, allow_pickle=allow_pickle)
     checkpointer.load(weights)
     keys = [k for k in model.state_dict() if not k.endswith("num_batches_tracked")]
     unfilled = checkpointer.unfilled

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from ...engine.trainer import DistillTrainer
+from ..engine.trainer import DistillTrainer
 from . import step as measured
 from .report import CheckReport
 

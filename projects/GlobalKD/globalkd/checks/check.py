@@ -14,8 +14,8 @@ from typing import Callable, Optional, Tuple
 from detectron2.config import CfgNode
 from torch import nn
 
-from ...engine.run_checks import HOLDS_A_RUN, check_batch, check_output, scale_to_processes
-from ...engine.trainer import DistillTrainer
+from ..engine.run_checks import HOLDS_A_RUN, check_batch, check_output, scale_to_processes
+from ..engine.trainer import DistillTrainer
 from .cost import check_cost
 from .data import check_datasets, register_each
 from .detectors import check_detectors

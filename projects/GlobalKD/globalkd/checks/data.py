@@ -12,16 +12,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tabulate import tabulate
 
-from ...data import register_datasets
-from ...data.config_checks import (
+from ..data import register_datasets
+from ..data.config_checks import (
     check_classes,
     check_num_classes,
     check_registered,
     detector_classes,
     require_images,
 )
-from ...meta_arch import is_distilled
-from ...prototypes.extraction import usable_boxes
+from ..meta_arch import is_distilled
+from ..prototypes.extraction import usable_boxes
 from .report import CheckReport, shortened
 
 DATASET_KEYS = ("COCO", "VOC")

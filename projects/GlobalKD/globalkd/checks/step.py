@@ -1,6 +1,6 @@
 """One real training step under a magnifying glass, and what a whole run of them will cost.
 
-Pure measurements on a trainer; what they mean is judged in `check`.
+Pure measurements on a trainer; what they mean is judged in `cost`.
 """
 
 import math
@@ -16,9 +16,9 @@ from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ...data.registration import first_images
-from ...engine.trainer import DistillTrainer
-from ...features import record_outputs
+from ..data.registration import first_images
+from ..engine.trainer import DistillTrainer
+from ..features import record_outputs
 
 
 @dataclass
@@ -67,7 +67,7 @@ def measure_terms(model: nn.Module, batch: List[dict]) -> StepTerms:
     with EventStorage(0), record_outputs({"backbone": model.backbone}) as recorded:
         losses = model(batch)
     names = [name for loss in distiller.losses.values() for name in loss.weights if name in losses]
-    factor = distiller.factor(0) / distiller.weight
+    factor = distiller.schedule(0) / distiller.schedule.weight
     terms = {name: losses.pop(name) / factor for name in names}
     detection = sum(losses.values())
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
