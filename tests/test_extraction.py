@@ -103,7 +103,6 @@ def extracted(tiny_cfg):
             "levels": levels,
             "pooler": InstancePooler(3),
             "mapper": ExtractionMapper([], "BGR"),
-            "input_format": "BGR",
             **changed,
         }
         return extract_features(student, teacher, records, **settings)

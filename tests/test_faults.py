@@ -89,6 +89,21 @@ def test_a_missing_config_file_and_a_missing_base(tmp_path):
         load_config(str(tmp_path / "my.yaml"))
 
 
+@pytest.mark.faults
+def test_a_group_that_is_written_twice_is_named_with_its_lines(tmp_path):
+    text = "SEED: 1\nMODEL:\n  DEVICE: cpu\nINPUT: {FORMAT: RGB}\nMODEL:\n  MASK_ON: True\n"
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ValueError, match="my.yaml has MODEL twice in one group, in lines 2 and 5"):
+        load_config(str(tmp_path / "my.yaml"))
+
+
+@pytest.mark.faults
+def test_a_misspelt_architecture_is_told_the_nearest(tmp_path):
+    (tmp_path / "my.yaml").write_text("MODEL: {META_ARCHITECTURE: DistilGeneralizedRCNN}")
+    with pytest.raises(ValueError, match="'DistilGeneralizedRCNN'.*mean 'DistillGeneralizedRCNN'"):
+        load_config(str(tmp_path / "my.yaml"))
+
+
 def test_a_whole_number_will_do_for_a_float(tmp_path):
     (tmp_path / "my.yaml").write_text("MODEL: {GLOBALKD: {GLOBAL: {WEIGHT: 7}}}")
     opts = [KD + "FEATURE.WEIGHT", "10", KD + "PROTOTYPES.MIN_BOX_SIZE", 4]

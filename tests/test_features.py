@@ -43,6 +43,12 @@ def test_levels_are_matched_by_stride_and_named_after_the_student():
     assert pairs[0].teacher_channels == 16 and pairs[0].student_channels == 8
 
 
+def test_of_two_levels_of_one_stride_the_one_of_the_same_name_is_the_partner():
+    dilated = {n: ShapeSpec(channels=8, stride=16) for n in ("res4", "res5")}
+    (pair,) = match_levels({"res4": ShapeSpec(channels=8, stride=16)}, dilated)
+    assert pair.teacher == "res4"
+
+
 @pytest.mark.faults
 def test_unknown_level_names_the_key_and_what_there_is():
     with pytest.raises(ValueError, match=r"IN_FEATURES names \['p9'\].*'p2', 'p3'"):

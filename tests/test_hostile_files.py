@@ -151,6 +151,14 @@ def test_a_file_of_python_2_is_read(tmp_path):
 
 
 @pytest.mark.faults
+def test_weights_under_another_name_are_named(tmp_path):
+    path = str(tmp_path / "ema.pth")
+    torch.save({"ema_state": torch.nn.Linear(2, 2).state_dict(), "iteration": 3}, path)
+    with pytest.raises(ValueError, match=r"ema.pth has no entry \"model\".*it has \['ema_state'\]"):
+        SafeCheckpointer(torch.nn.Linear(2, 2)).load(path)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("content", [b"", b"hello, no checkpoint", b"\x80\x02}U\x05blo", b"PK"])
 @pytest.mark.parametrize("ending", ["pkl", "pth"])
 def test_a_file_of_something_else_is_named(tmp_path, content, ending):

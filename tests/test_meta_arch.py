@@ -11,18 +11,23 @@ import torch.nn.functional as F
 from conftest import KINDS, make_batch
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.modeling.proposal_generator.rrpn import RRPN
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 
+from globalkd.data import register_datasets
+from globalkd.distiller import Distiller
 from globalkd.losses import (
     DISTILL_LOSS_REGISTRY,
     DistillContext,
     DistillLoss,
     FeatureKnowledge,
+    HintonKD,
     Positives,
 )
-from globalkd.meta_arch import DistillGeneralizedRCNN
+from globalkd.meta_arch import DistillGeneralizedRCNN, DistillMixin
 from globalkd.pairing import check_pair, inherit_heads
+from globalkd.teacher import Teacher
 
 STOCK = {"DistillGeneralizedRCNN": "GeneralizedRCNN", "DistillRetinaNet": "RetinaNet"}
 TERMS = {"loss_kd_global", "loss_kd_feature", "loss_kd_response"}
@@ -30,8 +35,6 @@ both = pytest.mark.parametrize("kind", list(KINDS))
 
 
 def build(cfg):
-    from globalkd.data import register_datasets
-
     register_datasets(cfg)
     torch.manual_seed(0)
     return build_model(cfg).train()
@@ -105,7 +108,7 @@ def test_the_teacher_scores_the_boxes_that_the_student_scored(tiny_cfg, batch):
 
     model._outputs = check
     step(model, batch)
-    assert "label_and_sample_proposals" not in vars(model.roi_heads)
+    assert "losses" not in vars(model.roi_heads.box_predictor)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -563,21 +566,117 @@ def test_what_is_registered_and_no_loss_is_named(tiny_cfg, monkeypatch):
         build(tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["Wrong"]))
 
 
+class Twice(StandardROIHeads):
+    """Samples again, for a head of its own."""
+
+    def forward(self, images, features, proposals, targets=None):
+        sampled = self.label_and_sample_proposals(proposals, targets)
+        losses = self._forward_box(features, sampled)
+        self.label_and_sample_proposals(proposals, targets)
+        return sampled, losses
+
+
+class Shuffled(StandardROIHeads):
+    def _forward_box(self, features, proposals):
+        shuffled = [x[torch.randperm(len(x))] for x in proposals]
+        return super()._forward_box(features, shuffled)
+
+
+class Subset(StandardROIHeads):
+    def _forward_box(self, features, proposals):
+        return super()._forward_box(features, [x[: len(x) // 2] for x in proposals])
+
+
+class PredictsAgain(StandardROIHeads):
+    def _forward_box(self, features, proposals):
+        losses = super()._forward_box(features, proposals)
+        maps = [features[f] for f in self.box_in_features]
+        boxes = [x.proposal_boxes for x in proposals]
+        self.box_predictor(self.box_head(self.box_pooler(maps, boxes[::-1])))
+        return losses
+
+
+@pytest.mark.parametrize("heads", [StandardROIHeads, Twice, Shuffled, Subset, PredictsAgain])
+def test_rows_and_logits_belong_together_in_own_roi_heads(heads, tiny_cfg, batch):
+    """A student that is its teacher, to whom nothing is left to say."""
+    frozen = ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""]
+    model = build(tiny_cfg("rcnn", *frozen))
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=3.0)
+    equal = build_model(tiny_cfg("rcnn", *frozen, distill=False))
+    equal.load_state_dict(model.state_dict())
+    teacher = Teacher(equal, input_format=model.input_format)
+    model.distiller = Distiller(teacher=teacher, losses=[HintonKD(rows="all")])
+    model.distiller.attach(model)
+    model.roi_heads.__class__ = heads
+    assert step(model, batch)["loss_kd_hinton"].abs() < 1e-6
+
+
 @pytest.mark.faults
-def test_roi_heads_that_sample_otherwise_are_named(tiny_cfg, batch):
+def test_roi_heads_that_score_otherwise_are_named(tiny_cfg, batch):
     model = build(tiny_cfg("rcnn"))
-    heads = model.roi_heads
-    sample = heads.label_and_sample_proposals
-    forward = type(heads).forward
 
-    class OtherHeads(type(heads)):
-        def forward(self, images, features, proposals, targets=None):
-            with mock.patch.object(self, "label_and_sample_proposals", sample):
-                return forward(self, images, features, proposals, targets)
+    class OtherHeads(type(model.roi_heads)):
+        def _forward_box(self, features, proposals):
+            maps = [features[f] for f in self.box_in_features]
+            boxes = [x.proposal_boxes for x in proposals]
+            scores, _ = self.box_predictor(self.box_head(self.box_pooler(maps, boxes)))
+            return {"loss_own": scores.square().mean()}
 
-    heads.__class__ = OtherHeads
-    with pytest.raises(ValueError, match="OtherHeads cannot be distilled.*label_and_sample_prop"):
+    model.roi_heads.__class__ = OtherHeads
+    with pytest.raises(ValueError, match="OtherHeads cannot be distilled.*box_predictor.losses"):
         step(model, batch)
+    del model.roi_heads.box_predictor
+    with pytest.raises(ValueError, match="OtherHeads cannot be distilled.*box_predictor.losses"):
+        step(model, batch)
+
+
+@pytest.mark.faults
+def test_a_mixin_without_a_detector_of_ours_is_refused(tiny_cfg):
+    class Mixed(DistillMixin, GeneralizedRCNN):
+        pass
+
+    with pytest.raises(TypeError, match="Mixed cannot be distilled.*DistillGeneralizedRCNN"):
+        Mixed(tiny_cfg("rcnn"))
+
+
+def test_own_subclasses_are_distilled(tiny_cfg, batch):
+    class Mine(GeneralizedRCNN):
+        def forward(self, batched_inputs):
+            losses = super().forward(batched_inputs)
+            return {**losses, "loss_mine": losses["loss_cls"] * 2} if self.training else losses
+
+    class MineDistilled(DistillGeneralizedRCNN, Mine):
+        pass
+
+    cfg = tiny_cfg("rcnn")
+    terms = step(MineDistilled(cfg).train(), batch)
+    assert set(terms) > TERMS and terms["loss_mine"] == 2 * terms["loss_cls"]
+
+
+@pytest.mark.faults
+def test_a_teacher_of_another_order_of_classes_is_refused_under_any_trainer(tiny_cfg):
+    cfg = tiny_cfg("rcnn")
+    register_datasets(cfg)
+    teacher = Distiller(cfg).teacher
+    teacher.class_names = [str(i) for i in range(10)][::-1]
+    with (
+        mock.patch("globalkd.distiller.teacher_from_config", lambda _: teacher),
+        pytest.raises(ValueError, match="The class lists differ.*ALLOW_OTHER_CLASSES"),
+    ):
+        build_model(cfg)
+
+
+def test_a_second_pass_of_the_backbone_is_not_distilled(tiny_cfg, batch, caplog):
+    opts = ["MODEL.GLOBALKD.LOSSES", ["FitNet"]]
+    torch.manual_seed(0)
+    model = build(tiny_cfg("rcnn", *opts))
+    expected = step(model, batch)["loss_kd_fitnet"]
+
+    heads, images = model.roi_heads.forward, model.preprocess_image(batch).tensor
+    model.roi_heads.forward = lambda *args: (model.backbone(images.flip(3)), heads(*args))[1]
+    with caplog.at_level("WARNING"):
+        assert step(model, batch)["loss_kd_fitnet"] == expected
+    assert "The student's backbone runs several times in a training step" in caplog.text
 
 
 @pytest.mark.faults

@@ -234,9 +234,32 @@ def test_nothing_that_the_student_leaves_lets_gradients_of_a_skipped_step_throug
         tensors = [*outputs.features.values(), *dense.logits.values(), *dense.deltas.values()]
         tensors += [outputs.candidates.logits]
         tensors += [x for level in dense.hidden[DEPTH] for x in level]
-        watch._finite = torch.tensor(finite)
+        watch._pass.finite = torch.tensor(finite)
         grads.append(torch.autograd.grad(sum(x.sum() for x in tensors), leaves(context)))
     assert all(x.all() for x in grads[0]) and not any(x.any() for x in grads[1])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_steps_before_one_backward_pass_the_wrong_one_alone_is_left_out(
+    diverging, first, batch
+):
+    model = diverging("rcnn", "MODEL.GLOBALKD.NON_FINITE_LOSS", "skip", at=(0,)).model
+    total = 0.0
+    for iteration in (first, 1 - first):
+        with EventStorage(iteration):
+            losses = model(batch)
+        total = total + sum(losses.values())
+        if iteration == 0:
+            assert losses["loss_kd_fitnet"] == 0
+        else:
+            assert losses["loss_kd_fitnet"] > 0
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    adapters = list(model.distiller.losses["FitNet"].parameters())
+    assert not any(p.grad.any() for p in adapters)  # one gradient of both steps
+    with EventStorage(2):
+        sum(model(batch).values()).backward()
+    assert any(p.grad.any() for p in adapters)
 
 
 def test_a_copy_skips_steps_as_well(diverging, batch):

@@ -36,6 +36,12 @@ def test_warmup_multiplies_the_decay():
     assert course[4] == pytest.approx(0.5 * 0.96) and course[50] == 0.5
 
 
+@pytest.mark.faults
+def test_a_decay_towards_no_end_is_refused():
+    with pytest.raises(ValueError, match="DECAY is 'linear'.*'none' where there is no `max_iter`"):
+        WeightSchedule(decay="linear")
+
+
 def test_after_the_stop_the_factor_is_zero():
     course = factors(stop_iter=40)
     assert course[39] == 1.0 and set(course[40:]) == {0.0}

@@ -385,6 +385,40 @@ def test_a_teacher_of_two_distillers_is_whole_again_for_heads(tiny_cfg):
     assert list(teacher.features(make_batch([1]), "BGR")) == list(teacher.output_shape)
 
 
+def test_a_student_in_another_order_of_channels_is_read_in_its_own(tiny_cfg):
+    """Whatever a Distiller that was built by hand is told; it is told nothing."""
+    student = build_model(tiny_cfg("rcnn"))
+    student.input_format = "RGB"
+    model = build_model(tiny_cfg("rcnn", distill=False))
+    distiller = Distiller(teacher=Teacher(model, input_format="RGB"), losses=[FitNet()])
+    distiller.attach(student)
+    batch, seen = make_batch([1]), []
+    preprocess = model.preprocess_image
+    model.preprocess_image = lambda inputs: seen.append(inputs) or preprocess(inputs)
+    distiller.begin(batch)()
+    assert torch.equal(seen[0][0]["image"], batch[0]["image"])
+    student.input_format = "BGR"
+    distiller.attach(student)
+    distiller.begin(batch)()
+    assert torch.equal(seen[1][0]["image"], batch[0]["image"].flip(0))
+
+
+@pytest.mark.faults
+def test_a_detector_is_no_teacher_yet(tiny_cfg):
+    with pytest.raises(TypeError, match="`teacher` is a GeneralizedRCNN"):
+        Distiller(teacher=build_model(tiny_cfg("rcnn", distill=False)), losses=[FitNet()])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_backbone_that_cuts_images_off_is_refused(tiny_cfg, who):
+    model = build_model(tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["FitNet"]))
+    detector = model if who == "student" else model.distiller.teacher.model
+    detector.backbone._square_pad = 64
+    with EventStorage(0), pytest.raises(ValueError, match=f"The {who}'s map.*square_pad"):
+        model(make_batch([1], size=128))
+
+
 @pytest.mark.faults
 def test_losses_that_read_prototypes_need_what_makes_them(tiny_cfg):
     student = build_model(tiny_cfg("rcnn"))

@@ -142,6 +142,8 @@ def _add_prototype_keys(node: CN) -> None:
     node.PROTOTYPES.LAMBDA = 10.0
     # Where a refresh takes its instances from: "pass" (a pass over the data) or "harvest" (what the
     # training steps since one epoch computed anyway). The first prototypes come from a pass.
+    # "harvest" knows the sizes of boxes in the original image, for MIN_BOX_SIZE, where images are
+    # resized and not cropped.
     node.PROTOTYPES.REFRESH = "pass"
     # For "harvest": the latest instances of each class that each process keeps, on its device.
     # Memory: 4 bytes x classes x this x channels of all levels in both detectors.

@@ -12,17 +12,21 @@ import math
 import os
 import re
 from operator import attrgetter
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.file_io import PathManager
 
 from .config import add_globalkd_config
 
 logger = logging.getLogger(__name__)
 
+#: The meta-architectures of this package, which may be registered later.
+DISTILLING = ("DistillGeneralizedRCNN", "DistillRetinaNet")
 _ZOO = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
 
 
@@ -110,6 +114,7 @@ class _SafeCfgNode(CfgNode):
         _require_file(filename)
         trusted = os.path.realpath(filename).startswith(_ZOO + os.sep)
         try:
+            _refuse_keys_written_twice(filename)
             return super().load_yaml_with_base(filename, allow_unsafe=trusted)
         except yaml.constructor.ConstructorError as error:
             raise ValueError(
@@ -120,6 +125,25 @@ class _SafeCfgNode(CfgNode):
             raise ValueError(f"it is not YAML: {error}") from error
         except TypeError as error:
             raise ValueError(f"{filename} does not hold KEY: VALUE lines") from error
+
+
+def _refuse_keys_written_twice(filename: str) -> None:
+    """Of two groups of one name YAML keeps the last, and what the first says is lost."""
+    with PathManager.open(filename) as file:
+        nodes = [yaml.compose(file, Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            lines: Dict[str, int] = {}
+            for key, value in node.value:
+                nodes.append(value)
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(
+                        f"{filename} has {key.value} twice in one group, in lines "
+                        f"{lines[key.value]} and {line}: write them as one."
+                    )
+                lines[key.value] = line
 
 
 def _whole_to_float(own: CfgNode, other: CfgNode) -> None:
@@ -165,7 +189,7 @@ def _kind(cfg: CfgNode, key: str) -> str:
 
 def _nearest(cfg: CfgNode, key: str) -> str:
     """A question that names the nearest keys; empty where none is near."""
-    known = list(dict(_leaves(cfg)))
+    known = [name for name in dict(_leaves(cfg)) if name != key]
     found = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
     if not found:
         leaves = {name.rpartition(".")[2] for name in known}
@@ -202,6 +226,7 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; it must be a device of PyTorch, such as "
             "'cuda', 'cuda:1' or 'cpu'."
         ) from error
+    _check_architecture(cfg.MODEL.META_ARCHITECTURE)
     node = cfg.MODEL.GLOBALKD
     if 0 < node.STOP_ITER < node.WARMUP_ITERS:
         raise ValueError(
@@ -212,6 +237,17 @@ def check_config(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.STEPS {cfg.SOLVER.STEPS} contains SOLVER.MAX_ITER = {cfg.SOLVER.MAX_ITER}: "
             "the learning rate can only be lowered before the end of the training."
+        )
+
+
+def _check_architecture(name: str) -> None:
+    """A name of none that is registered, but near to one."""
+    known = [registered for registered, _ in META_ARCH_REGISTRY]
+    near = difflib.get_close_matches(name, [*known, *DISTILLING], n=1, cutoff=0.8)
+    if near and name not in (*known, *DISTILLING):
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is {name!r}, which is not registered. Did you mean "
+            f"{near[0]!r}? One of your own needs its module to be imported."
         )
 
 

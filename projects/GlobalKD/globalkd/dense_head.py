@@ -134,8 +134,10 @@ class DenseOutputs:
             num_anchors = shaped_anchors[name].shape[2]
             shaped_logits[name] = by_cell(scores, num_anchors)
             shaped_deltas[name] = by_cell(offsets, num_anchors)
+        levels = len(logits)  # a second pass through the head is left out
         by_depth = {
-            depth: list(zip(hidden[depth, 0], hidden[depth, 1])) for depth, _ in hidden or ()
+            depth: list(zip(hidden[depth, 0][:levels], hidden[depth, 1][:levels]))
+            for depth, _ in hidden or ()
         }
         return DenseOutputs(shaped_anchors, shaped_logits, shaped_deltas, head.transform, by_depth)
 

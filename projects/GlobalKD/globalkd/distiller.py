@@ -53,8 +53,6 @@ class Distiller(nn.Module):
         in_features: Sequence[str] = (),
         instances: str = "positives",
         pooler_resolution: int = 7,
-        num_prototypes: int = 10,
-        normalize: bool = True,
         projection: str = "cosine",
         projection_lambda: float = 10.0,
         reliability: str = "coefficients",
@@ -65,7 +63,6 @@ class Distiller(nn.Module):
         decay: str = "none",
         max_iter: int = 0,
         non_finite_loss: str = "raise",
-        input_format: str = "BGR",
         vis_period: int = 0,
     ):
         """
@@ -73,7 +70,6 @@ class Distiller(nn.Module):
             teacher: the frozen detector.
             losses: the losses to add up; at least one with a weight.
             refresher: makes the prototypes; needed if a loss reads them.
-            input_format: channel order of the student's images.
             vis_period: iterations between two pictures of the reliability weights; 0 for none.
 
         The other arguments are keys of MODEL.GLOBALKD: see `from_config`, and `config.py`.
@@ -84,12 +80,8 @@ class Distiller(nn.Module):
             ("NON_FINITE_LOSS", non_finite_loss, ("raise", "skip")),
         ):
             require(key, value, value in allowed, allowed)
-        formats = {input_format, teacher.input_format}
-        if len(formats) > 1 and formats != _FLIPPED:
-            raise ValueError(
-                f"INPUT.FORMAT is {input_format!r} and the teacher's {teacher.input_format!r}: "
-                "only RGB and BGR are turned into each other."
-            )
+        if not isinstance(teacher, Teacher):
+            raise TypeError(f"`teacher` is a {type(teacher).__name__}; make a Teacher of it.")
         self._teacher = (teacher,)  # in a tuple, and not a module: hidden from nn.Module
         self.losses = active_losses(losses)
         self.refresher = refresher
@@ -99,8 +91,6 @@ class Distiller(nn.Module):
         self.bank: Optional[PrototypeBank] = None
         self.reservoir: Optional[InstanceReservoir] = None
         self.bank_settings = {
-            "num_prototypes": num_prototypes,
-            "normalize": normalize,
             "projection": projection,
             "projection_lambda": projection_lambda,
             "reliability": reliability,
@@ -108,7 +98,7 @@ class Distiller(nn.Module):
         self.inherit_teacher_heads = inherit_teacher_heads
         self.schedule = WeightSchedule(weight, warmup_iters, stop_iter, decay, max_iter)
         self.non_finite = NonFiniteLosses(skip=non_finite_loss == "skip")
-        self.input_format = input_format
+        self.input_format = ""  # of the student that it is attached to
         self.vis_period = vis_period
         self.levels: List[LevelPair] = []
         self._prepared = -1  # the latest iteration that was prepared
@@ -124,8 +114,6 @@ class Distiller(nn.Module):
             "in_features": node.IN_FEATURES,
             "instances": node.INSTANCES,
             "pooler_resolution": node.POOLER_RESOLUTION,
-            "num_prototypes": node.PROTOTYPES.NUM,
-            "normalize": node.PROTOTYPES.NORMALIZE,
             "projection": node.PROJECTION.TYPE,
             "projection_lambda": node.PROJECTION.LAMBDA,
             "reliability": node.RELIABILITY.TYPE,
@@ -136,7 +124,6 @@ class Distiller(nn.Module):
             "decay": node.DECAY,
             "max_iter": cfg.SOLVER.MAX_ITER,
             "non_finite_loss": node.NON_FINITE_LOSS,
-            "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
         }
 
@@ -155,6 +142,7 @@ class Distiller(nn.Module):
         Raises:
             ValueError: the pair cannot be distilled as configured.
         """
+        self.input_format = _check_formats(student, self.teacher)
         self.levels = match_levels(
             student.backbone.output_shape(), self.teacher.output_shape, self.in_features
         )
@@ -182,12 +170,18 @@ class Distiller(nn.Module):
         ]
         if reading:
             if self.refresher is None:
-                raise ValueError(f"{reading} read prototypes: the Distiller needs a `refresher`.")
+                raise ValueError(
+                    f"{reading} read prototypes or weigh by reliability: give the Distiller a "
+                    "`refresher`, or the losses `use_reliability=False`."
+                )
+            generation = self.refresher.generation
             self.bank = PrototypeBank(
                 levels=[p.student for p in self.levels],
                 num_classes=num_classes,
                 teacher_channels={p.student: p.teacher_channels for p in self.levels},
                 student_channels={p.student: p.student_channels for p in self.levels},
+                num_prototypes=generation.num_prototypes,
+                normalize=generation.normalize,
                 **self.bank_settings,
             )
             self.reservoir = self.refresher.build_reservoir(self.levels, num_classes)
@@ -221,12 +215,13 @@ class Distiller(nn.Module):
         self._prepared = iteration
         if iteration == 0:
             self.start(student)
-        elif not self._begun and self.state_dict():
+        elif not self._begun and (self.state_dict() or self.inherit_teacher_heads):
+            heads = ", and no heads are inherited" if self.inherit_teacher_heads else ""
             logger.warning(
                 f"Training goes on at iteration {iteration} without the distiller's own state: "
-                "adapters start anew, and prototypes are made again. The checkpoint has none, or "
-                'nothing loaded it: checkpointer.add_checkpointable("distiller", model.distiller) '
-                "does, before the trainer resumes."
+                f"adapters start anew, prototypes are made again{heads}. The checkpoint has none, "
+                'or nothing loaded it: checkpointer.add_checkpointable("distiller", '
+                "model.distiller) does, before the trainer resumes."
             )
         self._begun = True
         if iteration == self.schedule.max_iter > 0 and self.schedule(iteration) == 0:
@@ -321,8 +316,13 @@ class Distiller(nn.Module):
     def _context(
         self, batched_inputs, student: StudentOutputs, teacher_features, iteration
     ) -> DistillContext:
+        image_sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         student_maps, teacher_maps = align_levels(
-            self.levels, student.features, self.teacher.on_input_grid(teacher_features)
+            self.levels,
+            student.features,
+            self.teacher.on_input_grid(teacher_features),
+            image_sizes,
+            self.teacher.input_scale,
         )
         ground_truth = InstanceRows.from_ground_truth(
             [x["instances"] for x in batched_inputs], student.positives.boxes.device
@@ -332,7 +332,7 @@ class Distiller(nn.Module):
             student_maps=student_maps,
             teacher_maps=teacher_maps,
             teacher_features=teacher_features,
-            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            image_sizes=image_sizes,
             ground_truth=ground_truth,
             positives=student.positives,
             candidates=student.candidates,
@@ -389,3 +389,14 @@ class Distiller(nn.Module):
         if self.non_finite.skip:
             skipped = self.non_finite.report()
             storage.put_scalar("kd/skipped_steps", skipped, smoothing_hint=False)
+
+
+def _check_formats(student: nn.Module, teacher: Teacher) -> str:
+    """The student's channel order; a ValueError where the teacher's cannot be made of it."""
+    formats = {student.input_format, teacher.input_format}
+    if len(formats) > 1 and formats != _FLIPPED:
+        raise ValueError(
+            f"INPUT.FORMAT is {student.input_format!r} and the teacher's "
+            f"{teacher.input_format!r}: only RGB and BGR are turned into each other."
+        )
+    return student.input_format

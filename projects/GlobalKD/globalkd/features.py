@@ -6,6 +6,7 @@ prototype or a loss.
 Shapes: N images, L levels, H x W cells of a level, R boxes, D channels.
 """
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Hashable, Iterator, List, Mapping, Sequence, Tuple
@@ -14,6 +15,7 @@ import torch
 from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
+from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -28,10 +30,23 @@ def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[Dict[str, Any]]
         modules: name -> module. Their outputs are kept as they are, with their gradient.
 
     Yields:
-        name -> the module's latest output; a name is absent until its module has run.
+        name -> the module's first output; a name is absent until its module has run. That a module
+        ran again, as a second pass over other images does, is said once.
     """
     outputs: Dict[str, Any] = {}
-    with _hooked(modules, outputs.__setitem__):
+
+    def keep(name: str, output: Any) -> None:
+        if name in outputs:
+            log_first_n(
+                logging.WARNING,
+                f"The student's {name} runs several times in a training step: what it gave first "
+                "is distilled.",
+                name=__name__,
+                key="message",
+            )
+        outputs.setdefault(name, output)
+
+    with _hooked(modules, keep):
         yield outputs
 
 
@@ -58,7 +73,15 @@ def _hooked(modules: Mapping, keep: Callable[[Hashable, Any], None]) -> Iterator
 
 @dataclass(frozen=True)
 class LevelPair:
-    """A level that both detectors have. `student` is its name everywhere in this project."""
+    """A level that both detectors have.
+
+    Attributes:
+        student: the student's name of it, and its name everywhere in this project.
+        teacher: the teacher's.
+        stride: input pixels a cell.
+        student_channels: D_s.
+        teacher_channels: D_t.
+    """
 
     student: str
     teacher: str
@@ -90,13 +113,19 @@ def match_levels(
         )
     by_stride = {shape.stride: name for name, shape in teacher.items()}
     names = sorted(in_features or student, key=lambda name: student[name].stride)
+
+    def partner(name: str) -> str:  # of two levels of one stride (dilated C5) that of its name
+        stride = student[name].stride
+        same = name in teacher and teacher[name].stride == stride
+        return name if same else by_stride[stride]
+
     pairs = [
         LevelPair(
             student=name,
-            teacher=by_stride[student[name].stride],
+            teacher=partner(name),
             stride=student[name].stride,
             student_channels=student[name].channels,
-            teacher_channels=teacher[by_stride[student[name].stride]].channels,
+            teacher_channels=teacher[partner(name)].channels,
         )
         for name in names
         if student[name].stride in by_stride
@@ -122,16 +151,52 @@ def crop_to_common(student: Tensor, teacher: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def align_levels(
-    levels: Sequence[LevelPair], student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+    levels: Sequence[LevelPair],
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    image_sizes: Sequence[Tuple[int, int]],
+    scale: float = 1.0,
 ) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
     """Pick the matched levels out of both detectors' maps and cut them to equal size.
 
+    Args:
+        student: level -> map.
+        teacher: likewise, on the grid of the student's input.
+        image_sizes: (height, width) of each image.
+        scale: at which size, in units of these, the teacher saw the images.
+
     Returns:
         The student's and the teacher's maps, both by the student's names.
+
+    Raises:
+        ValueError: maps are of less than their images, or of another number.
     """
+    for pair in levels:
+        _check_cover(student[pair.student], pair, "student", image_sizes)
+        _check_cover(teacher[pair.teacher], pair, "teacher", image_sizes, scale)
     pairs = [crop_to_common(student[p.student], teacher[p.teacher]) for p in levels]
     names = [p.student for p in levels]
     return dict(zip(names, [s for s, _ in pairs])), dict(zip(names, [t for _, t in pairs]))
+
+
+def _check_cover(
+    features: Tensor, pair: LevelPair, owner: str, image_sizes: Sequence[Tuple[int, int]], scale=1.0
+) -> None:
+    height, width = (max(size) for size in zip(*image_sizes))
+    if len(features) != len(image_sizes):
+        raise ValueError(
+            f"The {owner}'s map of level {pair.student} is of {len(features)} images, but there "
+            f"are {len(image_sizes)}: a backbone that makes several of one (TridentNet) cannot be "
+            "distilled."
+        )
+    covered = [n * pair.stride for n in features.shape[-2:]]
+    rounding = 2 * pair.stride / min(scale, 1.0)
+    if covered[0] + rounding < height or covered[1] + rounding < width:
+        raise ValueError(
+            f"The {owner}'s map of level {pair.student} covers {covered[0]} x {covered[1]} pixels "
+            f"of images of up to {height} x {width}: its backbone cuts them off (square_pad). "
+            "Lower INPUT.MAX_SIZE_TRAIN and MAX_SIZE_TEST, or give it a larger square_pad."
+        )
 
 
 def to_rois(boxes: Sequence[Tensor]) -> Tensor:

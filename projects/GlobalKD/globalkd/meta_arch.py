@@ -6,7 +6,7 @@ In evaluation, and without a distiller, they are the stock detectors.
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, NoReturn, Optional, Tuple
 from unittest import mock
 
 import torch
@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from .data.config_checks import check_classes
 from .dense_head import DenseOutputs, find_dense_head, tower_layers
 from .distiller import Distiller
 from .features import assigned_levels, record_calls, record_outputs
@@ -76,7 +77,8 @@ class DistillMixin:
     """Adds a distiller to a meta-architecture; the class it is mixed into comes after it.
 
     The distiller's parameters are the model's (optimizer and DDP see them), but `state_dict()`
-    shows the stock detector alone, and loading does not ask for more.
+    shows the stock detector alone, and loading does not ask for more. To distil one of your own,
+    mix in a class of this module: `class MyDistilled(DistillGeneralizedRCNN, MyRCNN)`.
     """
 
     @configurable
@@ -88,6 +90,11 @@ class DistillMixin:
         """
         super().__init__(**kwargs)
         self.distiller = distiller
+        if type(self)._scored is DistillMixin._scored:
+            raise TypeError(
+                f"{type(self).__name__} cannot be distilled: derive it from "
+                "DistillGeneralizedRCNN or DistillRetinaNet in the place of DistillMixin."
+            )
         if distiller is not None:
             distiller.attach(self)
             self._register_state_dict_hook(_hide_distiller)
@@ -100,7 +107,10 @@ class DistillMixin:
         except KeyError as error:
             _explain_missing_level(cfg, error.args[0])
             raise
-        kwargs["distiller"] = Distiller(cfg) if cfg.MODEL.GLOBALKD.ENABLED else None
+        kwargs["distiller"] = None
+        if cfg.MODEL.GLOBALKD.ENABLED:
+            kwargs["distiller"] = distiller = Distiller(cfg)
+            check_classes(cfg, distiller.teacher.class_names, test=False)
         return kwargs
 
     def forward(self, batched_inputs: List[dict], *args, **kwargs):
@@ -121,6 +131,11 @@ class DistillMixin:
         teacher_pass = self.distiller.begin(batched_inputs)
         with self._recording() as recorded:
             losses = super().forward(batched_inputs, *args, **kwargs)
+        if not isinstance(losses, dict):
+            raise TypeError(
+                f"In training `forward` of {type(self).__name__}'s parent must return a dict of "
+                f"losses; it returned a {type(losses).__name__}."
+            )
         losses.update(self.distiller(batched_inputs, self._outputs(recorded), losses, teacher_pass))
         return losses
 
@@ -142,11 +157,16 @@ class DistillMixin:
             modules.update(dense_head=dense.module, anchors=dense.anchor_generator)
         return modules
 
+    def _scored(self, recorded: Dict[str, Any]) -> Tuple[Candidates, Positives]:
+        """What the class head scored, and the foreground among it."""
+        raise NotImplementedError
+
     def _outputs(self, recorded: Dict[str, Any]) -> StudentOutputs:
         dense = find_dense_head(self)
         if dense is not None:
+            logits, deltas = recorded["dense_head"][:2]
             dense = DenseOutputs.collect(
-                dense, recorded["anchors"], *recorded["dense_head"], recorded["hidden"]
+                dense, recorded["anchors"], logits, deltas, recorded["hidden"]
             )
         candidates, positives = self._scored(recorded)
         return StudentOutputs(recorded["backbone"], candidates, positives, dense)
@@ -179,37 +199,45 @@ def _forgive_distiller(_module, incompatible):
 class DistillGeneralizedRCNN(DistillMixin, GeneralizedRCNN):
     """A two-stage student: `GeneralizedRCNN` with any box heads of Detectron2."""
 
-    def _recorded_modules(self) -> Dict[str, nn.Module]:
-        predictor = self.roi_heads.box_predictor
+    @property
+    def _box_predictor(self) -> nn.Module:
+        predictor = getattr(self.roi_heads, "box_predictor", None)
         if isinstance(predictor, nn.ModuleList):  # a cascade: its first stage sees the proposals
             predictor = predictor[0]
-        return {**super()._recorded_modules(), "box_predictor": predictor}
+        if not hasattr(predictor, "losses"):
+            self._refuse_heads()
+        return predictor
+
+    def _refuse_heads(self) -> NoReturn:
+        raise ValueError(
+            f"{type(self.roi_heads).__name__} cannot be distilled: in training its `forward` must "
+            "call `box_predictor.losses(predictions, proposals)` with a tuple that begins with "
+            "class logits, as Detectron2's ROI heads do."
+        )
 
     @contextmanager
     def _recording(self) -> Iterator[Dict[str, Any]]:
-        sample = self.roi_heads.label_and_sample_proposals
+        predictor = self._box_predictor
+        losses = predictor.losses
 
-        def record_sampled(*args, **kwargs):
-            proposals = sample(*args, **kwargs)
-            # As they are scored: some heads do not return them, some move their boxes afterwards.
-            recorded["sampled"] = [Instances(x.image_size, **x.get_fields()) for x in proposals]
-            return proposals
+        def record_scored(predictions, proposals, *args, **kwargs):
+            # Where the detector itself says which belong together; some heads score a part of what
+            # was sampled, or in another order. Copied: some move their boxes afterwards.
+            copies = [Instances(x.image_size, **x.get_fields()) for x in proposals]
+            recorded.setdefault("scored", (predictions, copies))
+            return losses(predictions, proposals, *args, **kwargs)
 
         with (
             super()._recording() as recorded,
-            mock.patch.object(self.roi_heads, "label_and_sample_proposals", record_sampled),
+            mock.patch.object(predictor, "losses", record_scored),
         ):
             yield recorded
 
     def _scored(self, recorded: Dict[str, Any]) -> Tuple[ProposalCandidates, Positives]:
-        if "sampled" not in recorded or not isinstance(recorded.get("box_predictor"), tuple):
-            raise ValueError(
-                f"{type(self.roi_heads).__name__} cannot be distilled: in training its `forward` "
-                "must call `label_and_sample_proposals`, and its `box_predictor` return a tuple "
-                "that begins with class logits, as Detectron2's ROI heads do."
-            )
-        proposals = recorded["sampled"]
-        logits = recorded["box_predictor"][0]
+        predictions, proposals = recorded.get("scored", (None, None))
+        if not isinstance(predictions, tuple):
+            self._refuse_heads()
+        logits = predictions[0]
         boxes = [x.proposal_boxes.tensor for x in proposals]
         # An image without annotations has no field gt_boxes, and no foreground that would need it.
         gt_boxes = [x.get("gt_boxes" if x.has("gt_boxes") else "proposal_boxes") for x in proposals]
@@ -244,9 +272,9 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
     def _recording(self) -> Iterator[Dict[str, Any]]:
         losses = self.losses
 
-        def record_labels(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
-            recorded["losses"] = (anchors, gt_labels, gt_boxes)
-            return losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        def record_labels(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, *more):
+            recorded.setdefault("losses", (anchors, gt_labels, gt_boxes))
+            return losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, *more)
 
         with (
             super()._recording() as recorded,
@@ -255,6 +283,12 @@ class DistillRetinaNet(DistillMixin, RetinaNet):
             yield recorded
 
     def _scored(self, recorded: Dict[str, Any]) -> Tuple[AnchorCandidates, Positives]:
+        if "losses" not in recorded:
+            raise ValueError(
+                f"{type(self).__name__} cannot be distilled: in training its `forward` must call "
+                "`losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)`, as "
+                "Detectron2's RetinaNet does."
+            )
         anchors, gt_labels, gt_boxes = recorded["losses"]
         num_anchors = len(gt_labels[0])
         labels = torch.cat(gt_labels)

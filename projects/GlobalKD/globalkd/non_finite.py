@@ -25,6 +25,26 @@ class _Step(NamedTuple):
     values: Tensor
 
 
+class _Pass:
+    """Whether what one or several steps distil is finite: () bool, on the device; None: unknown."""
+
+    def __init__(self):
+        self.finite: Optional[Tensor] = None
+        self.is_over = False  # its gradients have been asked for: what is added begins anew
+
+    def add(self, finite: Tensor) -> None:
+        """Take another step into account."""
+        begins = self.finite is None or self.is_over
+        self.finite = finite if begins else self.finite & finite
+        self.is_over = False
+
+    def let_through(self, gradient: Tensor) -> Tensor:
+        """The gradient, or zeros in its place."""
+        if self.finite is None:
+            return gradient
+        return torch.where(self.finite, gradient, torch.zeros_like(gradient))
+
+
 class NonFiniteLosses:
     """Watches the terms of each step.
 
@@ -37,11 +57,13 @@ class NonFiniteLosses:
         self.skip = skip
         self.count = 0  # of skipped steps that were reported
         self._steps: List[_Step] = []
-        self._finite: Optional[Tensor] = None  # of the last step, () bool
+        self._pass = _Pass()  # of the latest step
+        self._since_backward = _Pass()  # of all steps whose gradients are still to come
         self._watches = False
 
     def __getstate__(self):
-        return {**self.__dict__, "_watches": False}  # copies of parameters have no hooks
+        # Copies of parameters have no hooks.
+        return {**self.__dict__, "_watches": False}
 
     def watch_parameters(self, module: nn.Module) -> None:
         """Let gradients of a skipped step not reach these parameters; once is enough."""
@@ -49,17 +71,18 @@ class NonFiniteLosses:
             self._watches = True
             for parameter in module.parameters():
                 if parameter.requires_grad:
-                    parameter.register_hook(self._pass)
+                    parameter.register_hook(self._into_parameter)
 
     def watch_student(self, student: StudentOutputs) -> StudentOutputs:
         """The same outputs, from which gradients of a skipped step do not flow back."""
         if not self.skip:
             return student
+        own = self._pass = _Pass()  # several steps may come before one backward pass
 
         def alias(x: Tensor) -> Tensor:
             x = x.view_as(x)  # the detector's own losses keep the original
             if x.requires_grad:
-                x.register_hook(self._pass)
+                x.register_hook(own.let_through)
             return x
 
         def aliases(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -91,8 +114,9 @@ class NonFiniteLosses:
             self._steps = [step]
             return terms
         self._steps.append(step)
-        self._finite = values.isfinite().all()
-        return {k: torch.where(self._finite, x, torch.zeros_like(x)) for k, x in terms.items()}
+        self._pass.finite = finite = values.isfinite().all()
+        self._since_backward.add(finite)
+        return {k: torch.where(finite, x, torch.zeros_like(x)) for k, x in terms.items()}
 
     def check(self) -> None:
         """Raise if a term of the last step is not finite.
@@ -125,10 +149,10 @@ class NonFiniteLosses:
                 logger.warning(f"{_describe(step, values)}. This step did not distil.")
         return self.count
 
-    def _pass(self, gradient: Tensor) -> Tensor:
-        if self._finite is None:
-            return gradient
-        return torch.where(self._finite, gradient, torch.zeros_like(gradient))
+    def _into_parameter(self, gradient: Tensor) -> Tensor:
+        """A parameter gets one gradient for all steps: none, if one of them is not finite."""
+        self._since_backward.is_over = True
+        return self._since_backward.let_through(gradient)
 
 
 def _describe(step: _Step, values: List[float]) -> str:

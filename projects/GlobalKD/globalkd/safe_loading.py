@@ -44,6 +44,16 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.allow_pickle = allow_pickle
 
     def _load_file(self, filename: str) -> dict:
+        loaded = self._read_file(filename)
+        nested = [k for k, v in loaded["model"].items() if isinstance(v, dict)]
+        if nested:
+            raise ValueError(
+                f'{filename} has no entry "model" with the weights of a detector; it has {nested}. '
+                'Save the one to use as {"model": ...}.'
+            )
+        return loaded
+
+    def _read_file(self, filename: str) -> dict:
         try:
             # What the parent makes of the content, by file ending, stays as it is.
             with (

@@ -32,6 +32,8 @@ class WeightSchedule:
     def __post_init__(self):
         require("WEIGHT", self.weight, 0 < self.weight < math.inf, "a finite number above 0")
         require("DECAY", self.decay, self.decay in DECAYS, DECAYS)
+        ends = self.decay == "none" or self.max_iter > 0
+        require("DECAY", self.decay, ends, "'none' where there is no `max_iter` to fall towards")
 
     def __call__(self, iteration: int) -> float:
         """The factor at an iteration, from 0."""

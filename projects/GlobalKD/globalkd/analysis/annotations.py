@@ -132,8 +132,7 @@ def _extract(model: nn.Module, records: List[dict]) -> PairedFeatures:
         records,
         levels=distiller.levels,
         pooler=distiller.pooler,
-        mapper=ExtractionMapper(source.augmentations, source.image_format),
-        input_format=source.image_format,
+        mapper=ExtractionMapper(source.augmentations, model.input_format),
     )
 
 

@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 
 from .class_names import class_names
 
@@ -83,17 +84,21 @@ def require_integer_ids(ids: Sequence, name: str) -> None:
         )
 
 
-def check_classes(cfg: CfgNode, teacher_classes: Sequence[str] = ()) -> None:
+def check_classes(cfg: CfgNode, teacher_classes: Sequence[str] = (), *, test: bool = True) -> None:
     """Compare the class names of the training data, the test data and the teacher.
 
     A label is a place in the list, so that names and order must be equal. Lists that are not known
     are not compared.
 
+    Args:
+        teacher_classes: the teacher's names; empty: not known, or no teacher.
+        test: whether to compare the test data.
+
     Raises:
         ValueError: those of the data differ; or the teacher's is another one, and
             MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES is not set.
     """
-    lists = _known_classes(cfg)
+    lists = _known_classes(cfg, (*cfg.DATASETS.TRAIN, *(cfg.DATASETS.TEST if test else ())))
     if _differ(lists):
         raise ValueError(
             f"The class lists of DATASETS.TRAIN and DATASETS.TEST differ: {_described(lists)}. A "
@@ -110,7 +115,12 @@ def check_classes(cfg: CfgNode, teacher_classes: Sequence[str] = ()) -> None:
             f"{problem}. Set MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True if that is meant."
         )
     if comm.is_main_process():
-        logger.warning(f"{problem}. Going on: ALLOW_OTHER_CLASSES is True.")
+        log_first_n(
+            logging.WARNING,
+            f"{problem}. Going on: ALLOW_OTHER_CLASSES is True.",
+            name=__name__,
+            key="message",
+        )
 
 
 def check_num_classes(cfg: CfgNode) -> None:
@@ -120,7 +130,8 @@ def check_num_classes(cfg: CfgNode) -> None:
         ValueError: a dataset has more classes.
     """
     key, num_classes = detector_classes(cfg)
-    counts = {owner: len(names) for owner, names in _known_classes(cfg).items()}
+    known = _known_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    counts = {owner: len(names) for owner, names in known.items()}
     for owner, count in counts.items():
         if num_classes is not None and count > num_classes:
             raise ValueError(
@@ -146,9 +157,9 @@ def detector_classes(cfg: CfgNode) -> Tuple[str, Optional[int]]:
     return "", None
 
 
-def _known_classes(cfg: CfgNode) -> Dict[str, List[str]]:
+def _known_classes(cfg: CfgNode, datasets: Sequence[str]) -> Dict[str, List[str]]:
     known = {}
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in datasets:
         if name in DatasetCatalog:
             classes = MetadataCatalog.get(name).get("thing_classes", [])
         else:  # in an evaluation alone, a training set of which the JSON may be here

@@ -171,7 +171,6 @@ def extract_features(
     levels: Sequence[LevelPair],
     pooler: InstancePooler,
     mapper: Callable[[dict], dict],
-    input_format: str,
     num_workers: int = 0,
     folder: str = "",
 ) -> PairedFeatures:
@@ -181,10 +180,10 @@ def extract_features(
     records, in their order: the first process the first ones.
 
     Args:
-        student: the student detector, with `backbone` and `preprocess_image`.
+        student: the student detector, with `backbone`, `preprocess_image` and `input_format`, the
+            channel order of the mapper's images.
         records: from `extraction_records`.
         mapper: an `ExtractionMapper`.
-        input_format: channel order of the mapper's images.
         folder: where to keep the features as memory-mapped temporary files; empty: in memory.
 
     Returns:
@@ -200,16 +199,17 @@ def extract_features(
     hidden = None if comm.is_main_process() else True  # None: only on a terminal
     with _evaluation_mode(student), isolated_rng():
         for batch in tqdm(loader, desc="instance features", unit="batch", disable=hidden):
-            part = _extract_batch(student, teacher, batch, levels, pooler, input_format)
+            part = _extract_batch(student, teacher, batch, levels, pooler)
             features.write(start, part)
             start += len(part)
     return features.select(slice(start))  # fewer than expected where an image could not be read
 
 
-def _extract_batch(student, teacher, batch, levels, pooler, input_format) -> PairedFeatures:
+def _extract_batch(student, teacher, batch, levels, pooler) -> PairedFeatures:
     images = student.preprocess_image(batch).tensor
-    teacher_maps = teacher.on_input_grid(teacher.features(batch, input_format))
-    maps = align_levels(levels, student.backbone(images), teacher_maps)
+    teacher_maps = teacher.on_input_grid(teacher.features(batch, student.input_format))
+    sizes = [tuple(x["image"].shape[-2:]) for x in batch]
+    maps = align_levels(levels, student.backbone(images), teacher_maps, sizes, teacher.input_scale)
     rois = to_rois([x["boxes"] for x in batch]).to(images.device)
     pooled = {
         who: {p.student: pooler(own[p.student], rois, p.stride).cpu() for p in levels}

@@ -21,6 +21,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..features import InstancePooler, LevelPair
 from ..random_state import isolated_rng
@@ -190,11 +191,19 @@ class PrototypeRefresher:
             What was chosen, on the main process; None elsewhere.
 
         Raises:
+            ValueError: the student's parameters are sharded (FSDP): processes with unequal shares
+                of the images would wait for each other for ever.
             RuntimeError: it failed on another process; the message says on which, and with what.
         """
+        if any(isinstance(p, DTensor) for p in student.parameters()):
+            raise ValueError(
+                "The student's parameters are sharded (FSDP), and a pass over the data for "
+                "prototypes needs all of them in each process: use DDP, or losses that read no "
+                "prototypes, with `use_reliability` off."
+            )
         device = next(student.parameters()).device
         source = self.source
-        mapper = ExtractionMapper(source.augmentations, source.image_format, source.max_unreadable)
+        mapper = ExtractionMapper(source.augmentations, student.input_format, source.max_unreadable)
 
         def extract() -> PairedFeatures:
             step = math.ceil(len(self.records) / (num_images or len(self.records)))
@@ -206,7 +215,6 @@ class PrototypeRefresher:
                     levels=levels,
                     pooler=pooler,
                     mapper=mapper,
-                    input_format=self.source.image_format,
                     num_workers=self.source.num_workers,
                     folder=self.source.feature_dir,
                 )

@@ -49,14 +49,25 @@ class GenerationSettings:
 
 @dataclass
 class ImageSource:
-    """Where the instances come from, and how images are read."""
+    """Where the instances come from, and how images are read.
+
+    Attributes:
+        datasets: registered names.
+        filter_empty: leave out images without annotations, as training does.
+        min_box_size: boxes with a side below it, in pixels of the original image, are left out.
+        max_images_per_class: 0 for no limit.
+        seed: of the choice of images.
+        augmentations: without chance, such as the resizing of evaluation.
+        num_workers: processes that read images.
+        feature_dir: folder for features in memory-mapped files; empty: in memory.
+        max_unreadable: images that may be unreadable and are passed over.
+    """
 
     datasets: Sequence[str]
     filter_empty: bool = True
     min_box_size: float = 30.0
     max_images_per_class: int = 800
     seed: int = 1
-    image_format: str = "BGR"
     augmentations: Sequence[T.Augmentation] = field(default_factory=list)
     num_workers: int = 0
     feature_dir: str = ""
@@ -74,7 +85,6 @@ class ImageSource:
             min_box_size=node.MIN_BOX_SIZE,
             max_images_per_class=node.MAX_IMAGES_PER_CLASS,
             seed=node.SEED,
-            image_format=cfg.INPUT.FORMAT,
             augmentations=[resize] if cfg.INPUT.MIN_SIZE_TEST > 0 else [],
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             feature_dir=node.FEATURE_DIR,
