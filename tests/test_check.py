@@ -14,7 +14,8 @@ from globalkd.checks.check import check_run, check_settings
 from globalkd.checks.components import list_components
 from globalkd.checks.data import check_datasets
 from globalkd.checks.report import CheckReport
-from globalkd.checks.step import Forecast, forecast, measure_terms
+from globalkd.checks.step import Forecast, forecast
+from globalkd.checks.terms import measure_terms
 from globalkd.data import register_datasets
 
 
@@ -212,7 +213,7 @@ def test_sizes_are_those_at_full_weight(tiny_cfg, batch):
         for n in (0, 9)
     )
     # Weights are random in each: of the same order, not a tenth.
-    assert warming.terms[0].value > 0.3 * plain.terms[0].value
+    assert warming.values["loss_kd_fitnet"] > 0.3 * plain.values["loss_kd_fitnet"]
     assert plain.instances == 4 and plain.unread == []
 
 
@@ -220,8 +221,46 @@ def test_levels_that_no_loss_reads_are_found(tiny_cfg, batch):
     key = "MODEL.GLOBALKD.INSTANCE_FEATURE.NUM_LEVELS"
     step = step_of(tiny_cfg, batch, "MODEL.GLOBALKD.LOSSES", ["InstanceFeature"], key, 2)
     assert step.unread == ["p4", "p5", "p6"]
-    assert [t.name for t in step.terms] == ["loss_kd_instance_feature"]
-    assert step.terms[0].gradient > 0
+    assert list(step.values) == ["loss_kd_instance_feature"]
+    assert step.share(step.values)[1] > 0
+
+
+def test_a_loss_is_judged_past_its_own_start(tiny_cfg, checked):
+    """ICD's student learns from iteration START_ITER on; two of its terms train its decoder."""
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["ICD"], "MODEL.GLOBALKD.ICD.HIDDEN_DIM", 16)
+    cfg.SOLVER.MAX_ITER = 2000
+    cfg.MODEL.GLOBALKD.DECAY, cfg.MODEL.GLOBALKD.STOP_ITER = "linear", 1500
+    report, _ = checked(cfg)
+    warned = "\n".join(report.warnings)
+    assert report.problems == [] and "ICD" not in warned
+    assert "hardly teaches" not in warned and "no loss reads" not in warned
+    cfg.MODEL.GLOBALKD.STOP_ITER = 1000
+    check_settings(cfg, report)
+    assert "ICD.START_ITER (1000) is not below the 1000 iterations" in "\n".join(report.warnings)
+
+
+def test_a_measured_step_leaves_no_trace(tiny_cfg, batch):
+    """Neither of a refresh of the prototypes, due in every iteration here, nor of the schedule."""
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.DECAY", "cosine")
+    cfg.MODEL.GLOBALKD.PROTOTYPES.REFRESH_EPOCHS = 0.01
+    register_datasets(cfg)
+    model = build_model(cfg)
+    model.distiller.refresh(model, num_images=4)
+    before = {name: x.clone() for name, x in model.distiller.bank.state_dict().items()}
+    schedule = model.distiller.schedule
+    measure_terms(model, batch)
+    after = model.distiller.bank.state_dict()
+    assert all((x == after[name]).all() for name, x in before.items())
+    assert model.distiller.schedule == schedule
+    assert model.distiller.refresher.refresh_epochs == 0.01
+
+
+def test_an_epoch_shorter_than_a_step_is_told(tiny_cfg, checked):
+    report, text = checked(tiny_cfg("rcnn", "SOLVER.IMS_PER_BATCH", 24, "SOLVER.MAX_ITER", 3))
+    (warning,) = [w for w in report.warnings if "REFRESH_EPOCHS (1)" in w]
+    assert "an epoch is 0.5 steps long" in warning and "made before every step" in text
+    (refreshes,) = [x for x in text.splitlines() if x.startswith("prototype refreshes")]
+    assert refreshes.split()[2] == "3"
 
 
 def test_a_forecast_adds_up(tiny_cfg):
@@ -234,6 +273,7 @@ def test_a_forecast_adds_up(tiny_cfg):
     )
     assert cost.total == 244.0
     assert forecast(cfg, period=0, **known).num_refreshes == 1
+    assert forecast(cfg, period=0.3, **known).num_refreshes == 100  # one a step, not more
     assert forecast(cfg, period=30, **{**known, "num_gpus": 2}).refreshes == 20.0
     cfg.MODEL.GLOBALKD.STOP_ITER = 30
     assert forecast(cfg, period=30, **known).num_refreshes == 1

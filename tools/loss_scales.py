@@ -16,12 +16,11 @@ import argparse
 import logging
 from statistics import mean
 
-import torch
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from globalkd import DISTILL_LOSS_REGISTRY, register_datasets
+from globalkd.checks.terms import measure_terms
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
 from globalkd.engine.trainer import DistillTrainer
@@ -31,53 +30,30 @@ from globalkd.safe_loading import SafeCheckpointer
 
 logger = logging.getLogger("globalkd")
 
-#: An iteration past every loss's own start.
-LATE = 10**9
-
 
 def load(config_file, opts, *, every_loss):
-    """The configuration, without a course of the weights over training."""
+    """The configuration, with every loss for a detector of its kind if asked for."""
     cfg = load_config(config_file, opts)
     node = cfg.MODEL.GLOBALKD
     if every_loss:
         stages = "one" if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else "two"
         losses = dict(DISTILL_LOSS_REGISTRY)
         node.LOSSES = [n for n, x in losses.items() if x.stages in ("any", stages)]
-    node.WARMUP_ITERS, node.STOP_ITER, node.DECAY = 0, 0, "none"
     fall_back_to_cpu(cfg)
     return cfg
 
 
-def gradient(term, parameters):
-    """The gradient as one vector; 0 where a term does not reach a parameter."""
-    parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    parts = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, parameters)]
-    return torch.cat([g.flatten() for g in parts])
-
-
 def measure(model, batch):
     """One batch: (loss, term or "", weight or "") -> value and gradient, as the table has them."""
-    with EventStorage(LATE):
-        terms = model(batch)
-    losses = model.distiller.losses
-    parameters = [p for p in model.backbone.parameters() if p.requires_grad]
-    names = {name for loss in losses.values() for name in loss.weights}
-    detection = sum(term for name, term in terms.items() if name not in names)
-    unit = gradient(detection, parameters).norm()
-    gradients = {name: gradient(terms[name], parameters) for name in names}
-
-    def share_of_detection(members):
-        value = sum(terms[name] for name in members) / detection
-        return value.item(), (sum(gradients[name] for name in members).norm() / unit).item()
-
+    step = measure_terms(model, batch)
     result = {}
-    for name, loss in losses.items():
-        result[name, "", ""] = share_of_detection(loss.weights)
+    for name, loss in model.distiller.losses.items():
+        result[name, "", ""] = step.share(loss.weights)
         for term in loss.weights:
             weight = loss.weights[term] * model.distiller.schedule.weight
-            pull = gradients[term].norm() / unit
-            result[name, term, weight] = (terms[term].item() / weight, pull.item() / weight)
-    result["all together", "", ""] = share_of_detection(names)
+            _, pull = step.share([term])
+            result[name, term, weight] = (step.values[term] / weight, pull / weight)
+    result["all together", "", ""] = step.share(step.values)
     return result
 
 

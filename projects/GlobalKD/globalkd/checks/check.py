@@ -3,7 +3,7 @@
 Each part looks at one thing and reports what it found; a part that fails is a problem of the run,
 and the parts that do not depend on it still run. Here: the order of the parts, and what the keys
 say about each other. Not here: datasets, detectors and cost (`data`, `detectors`, `cost`),
-and the measurements (`step`).
+and the measurements (`step`, `terms`).
 """
 
 import os
@@ -80,6 +80,11 @@ def check_settings(cfg: CfgNode, report: CheckReport) -> None:
         report.warn(
             f"MODEL.GLOBALKD.WARMUP_ITERS ({node.WARMUP_ITERS}) is not below the {end} iterations "
             "with distillation: it never reaches its full weight."
+        )
+    if "ICD" in node.LOSSES and node.ICD.WEIGHT > 0 and end <= node.ICD.START_ITER:
+        report.warn(
+            f"MODEL.GLOBALKD.ICD.START_ITER ({node.ICD.START_ITER}) is not below the {end} "
+            "iterations with distillation: ICD never teaches the student."
         )
     late = [step for step in cfg.SOLVER.STEPS if step >= iterations]
     if late:

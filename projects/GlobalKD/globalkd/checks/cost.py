@@ -6,10 +6,12 @@ from datetime import datetime, timedelta
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
+from torch import nn
 
 from ..engine.trainer import DistillTrainer
 from . import step as measured
 from .report import CheckReport
+from .terms import StepTerms, measure_terms
 
 #: A term is remarkable above so many times the detection loss, and below so little of its gradient.
 LARGE, SMALL = 1000.0, 1e-3
@@ -38,7 +40,7 @@ def check_cost(
         memory = measured.peak_memory(cfg.MODEL.DEVICE)
         if distiller is not None:
             batch = next(iter(trainer.data_loader))
-            _report_terms(measured.measure_terms(trainer.model, batch), cfg, report)
+            _report_terms(measure_terms(trainer.model, batch), distiller.losses, cfg, report)
         trainers = {"as configured": trainer}
         if distiller is not None:
             trainers["plain student"] = DistillTrainer(_plain(cfg))
@@ -77,6 +79,13 @@ def _check_prototypes(trainer, report: CheckReport, num_images: int, num_gpus: i
             refresher.load(distiller.bank)
     period = refresher.period / num_gpus
     often = f"every {period:.0f} iterations" if period else "only once, before the first step"
+    if 0 < period < 1:
+        often = "before every step"
+        report.warn(
+            f"MODEL.GLOBALKD.PROTOTYPES.REFRESH_EPOCHS ({refresher.refresh_epochs:g}) ends within "
+            f"a step: an epoch is {period / refresher.refresh_epochs:.2g} steps long. Prototypes "
+            "are made before every step; a larger value makes them less often."
+        )
     if distiller.reservoir is not None:  # later ones take what the steps computed
         period = 0.0
         often += ", after the first time from the training steps"
@@ -90,29 +99,46 @@ def _check_prototypes(trainer, report: CheckReport, num_images: int, num_gpus: i
     return seconds, period
 
 
-def _report_terms(step: measured.StepTerms, cfg: CfgNode, report: CheckReport) -> None:
-    rows = [(t.name, f"{t.value:.4g}", f"{t.ratio:.3g}", f"{t.gradient:.3g}") for t in step.terms]
-    rows.insert(0, ("detection losses", f"{step.detection:.4g}", "1", "1"))
+def _report_terms(
+    step: StepTerms, losses: nn.ModuleDict, cfg: CfgNode, report: CheckReport
+) -> None:
+    shares = {name: step.share([name]) for name in step.values}
+    rows = [("detection losses", f"{step.detection:.4g}", "1", "1")]
+    rows += [
+        (name, f"{step.values[name]:.4g}", f"{ratio:.3g}", f"{gradient:.3g}")
+        for name, (ratio, gradient) in shares.items()
+    ]
     heads = ["term", "value", "ratio", "gradient ratio"]
     report.section(f"One step, {step.instances} boxes", tabulate(rows, headers=heads))
-    for t in step.terms:
-        if not math.isfinite(t.value) or not math.isfinite(t.gradient):
-            report.problem(f"{t.name} is {t.value}, its gradient {t.gradient}, in the first step.")
-        elif t.value == 0:
-            report.warn(f"{t.name} is 0 in the first step.")
-        elif max(t.ratio, t.gradient) >= LARGE:
-            report.warn(
-                f"{t.name} is {t.ratio:.3g} times the detection losses, its gradient on the "
-                f"backbone {t.gradient:.3g} times theirs: a smaller weight may be wanted."
-            )
-        elif t.gradient <= SMALL:
-            report.warn(
-                f"{t.name}: its gradient on the backbone is {t.gradient:.1g} of the detection "
-                "losses': it hardly teaches."
-            )
+    for loss in losses.values():
+        teaches = any(shares[name][1] > 0 for name in loss.weights)
+        for name in loss.weights:
+            _judge_term(name, step.values[name], *shares[name], report=report, teaches=teaches)
     if step.unread:
         key = "MODEL.GLOBALKD.IN_FEATURES" if cfg.MODEL.GLOBALKD.IN_FEATURES else "Matched levels"
         report.warn(f"{key}: no loss reads {step.unread}.")
+
+
+def _judge_term(
+    name: str, value: float, ratio: float, gradient: float, *, report: CheckReport, teaches: bool
+) -> None:
+    """Say what is wrong with a term; `teaches`: whether any of its loss's terms does."""
+    if not math.isfinite(value) or not math.isfinite(gradient):
+        report.problem(f"{name} is {value}, its gradient {gradient}, in the first step.")
+    elif value == 0:
+        report.warn(f"{name} is 0 in the first step.")
+    elif max(ratio, gradient) >= LARGE:
+        report.warn(
+            f"{name} is {ratio:.3g} times the detection losses, its gradient on the backbone "
+            f"{gradient:.3g} times theirs: a smaller weight may be wanted."
+        )
+    elif gradient == 0 and teaches:
+        pass  # it trains the loss's own modules, such as a decoder
+    elif gradient <= SMALL:
+        report.warn(
+            f"{name}: its gradient on the backbone is {gradient:.1g} of the detection losses': it "
+            "hardly teaches."
+        )
 
 
 def _report_cost(

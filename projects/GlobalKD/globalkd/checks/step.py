@@ -1,6 +1,7 @@
-"""One real training step under a magnifying glass, and what a whole run of them will cost.
+"""What a training step takes, and a whole run of them.
 
-Pure measurements on a trainer; what they mean is judged in `cost`.
+Pure measurements on a trainer; what they mean is judged in `cost`. Not here: the distillation
+terms of a step (`terms`).
 """
 
 import math
@@ -8,95 +9,16 @@ import resource
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.registration import first_images
 from ..engine.trainer import DistillTrainer
-from ..features import record_outputs
-
-
-@dataclass
-class Term:
-    """One distillation term in one step.
-
-    Attributes:
-        value: weighted, as it is added to the loss.
-        ratio: to the sum of the detection losses.
-        gradient: norm of its gradient on the backbone's parameters, likewise as a ratio.
-    """
-
-    name: str
-    value: float
-    ratio: float
-    gradient: float
-
-
-@dataclass
-class StepTerms:
-    """The distillation terms of one step, next to the detection loss.
-
-    Attributes:
-        instances: annotated boxes in the batch.
-        unread: levels that are distilled, yet reach no term.
-    """
-
-    detection: float
-    terms: List[Term]
-    instances: int
-    unread: List[str]
-
-
-def measure_terms(model: nn.Module, batch: List[dict]) -> StepTerms:
-    """Forward a batch at iteration 0 and differentiate each distillation term by itself.
-
-    Sizes are those after MODEL.GLOBALKD.WARMUP_ITERS. In float32, also where the run is to use
-    mixed precision.
-
-    Args:
-        model: a distilling meta-architecture with prototypes in its bank.
-        batch: from the training loader.
-    """
-    distiller = model.distiller
-    model.train()
-    with EventStorage(0), record_outputs({"backbone": model.backbone}) as recorded:
-        losses = model(batch)
-    names = [name for loss in distiller.losses.values() for name in loss.weights if name in losses]
-    factor = distiller.schedule(0) / distiller.schedule.weight
-    terms = {name: losses.pop(name) / factor for name in names}
-    detection = sum(losses.values())
-    parameters = [p for p in model.backbone.parameters() if p.requires_grad]
-    unit = max(_gradient_norm(detection, parameters), 1e-12)
-    rows = [
-        Term(
-            name=name,
-            value=term.item(),
-            ratio=term.item() / max(detection.item(), 1e-12),
-            gradient=_gradient_norm(term, parameters) / unit,
-        )
-        for name, term in terms.items()
-    ]
-    maps = {pair.student: recorded["backbone"][pair.student] for pair in distiller.levels}
-    reached = torch.autograd.grad(sum(terms.values()), list(maps.values()), allow_unused=True)
-    return StepTerms(
-        detection=detection.item(),
-        terms=rows,
-        instances=sum(len(x["instances"]) for x in batch),
-        unread=[name for name, gradient in zip(maps, reached) if gradient is None],
-    )
-
-
-def _gradient_norm(loss: Tensor, parameters: Sequence[Tensor]) -> float:
-    if not loss.requires_grad:
-        return 0.0
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    norms = [g.float().norm() for g in gradients if g is not None]
-    return torch.stack(norms).norm().item() if norms else 0.0
 
 
 def run_step(trainer: DistillTrainer) -> float:
@@ -165,13 +87,14 @@ def forecast(
         cfg: SOLVER.MAX_ITER, TEST.EVAL_PERIOD, DATASETS.TEST and MODEL.GLOBALKD.STOP_ITER are read.
         step: seconds of a step.
         refresh: seconds of a refresh on one process; 0 without prototypes.
-        period: iterations between two refreshes; 0 for only one.
+        period: iterations between two refreshes; 0 for only one. Below 1: one before each step.
         image: seconds of a test image on one process.
         num_gpus: processes of the run.
     """
     iterations = cfg.SOLVER.MAX_ITER
     distilled = min(iterations, cfg.MODEL.GLOBALKD.STOP_ITER or iterations)
-    num_refreshes = int(refresh > 0) * (1 + (math.floor((distilled - 1) / period) if period else 0))
+    later = math.floor((distilled - 1) / max(period, 1)) if period else 0
+    num_refreshes = int(refresh > 0) * (1 + later)
     images = sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST)
     # Detectron2 evaluates after every period, and once at the end in any case.
     num_evaluations = 1
