@@ -23,7 +23,7 @@ COMMANDS = (
 TOOLS = ("tools/loss_scales.py", "tools/generate_prototypes.py")
 #: What a command demands beside --import. None of it is there: it is not read before the import.
 ARGUMENTS = {
-    "tools/generate_prototypes.py": ["--output", "x", "--config-file", "x.yaml"],
+    "tools/generate_prototypes.py": ["--output", "x.safetensors", "--config-file", "x.yaml"],
     "tools/export_student.py": ["x"],
     "tools/analyze.py": ["x"],
     "demo/demo.py": ["--input", "x", "--output", "x", "--config-file", "x.yaml"],
@@ -86,6 +86,31 @@ def test_a_command_imports_before_it_reads_anything(command, in_folder, run_comm
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        ("tools/check.py", "--steps"),
+        ("tools/check.py", "--prototype-images"),
+        ("tools/loss_scales.py", "--batches"),
+        ("tools/export_student.py", "--images"),
+        ("tools/reproduce.py", "--seeds"),
+        ("tools/reproduce.py", "--jobs"),
+        ("tools/demo.py", "--seeds"),
+        ("tools/analyze.py noise", "--num-images"),
+        ("tools/analyze.py compare", "--num-images"),
+    ],
+)
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_a_number_of_things_is_one_or_more(command, option, value, run_command, capsys):
+    command, *part = command.split()
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, *part, option, value)
+    assert ended.value.code == 2
+    message = f"argument {option}: it is '{value}'; it must be an integer of 1 or more"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_module_is_named_in_a_sentence(command, in_folder, run_command, capsys):
     part = ["reliability"] if "analyze" in command else []
@@ -108,6 +133,24 @@ def test_a_file_of_its_argument_is_named_in_a_sentence(
         run_command(command, *arguments)
     assert ended.value.code == 2
     assert re.search(r"x\.json|no_such_table", capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.faults
+def test_shares_of_more_than_all_annotations_are_refused_in_a_sentence(scenes, run_command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command("tools/plant_errors.py", scenes / "val.json", "x.json", "--label", 2)
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "the shares must be 0 or more and at most 1 together; got (2.0, 0.05, 0.05)" in said
+
+
+@pytest.mark.faults
+def test_prototypes_are_written_to_safetensors_alone(in_folder, run_command, capsys):
+    """Refused before anything is read: there is no such configuration."""
+    with pytest.raises(SystemExit) as ended:
+        run_command("tools/generate_prototypes.py", "--config-file", "x.yaml", "--output", "p.txt")
+    assert ended.value.code == 2
+    assert "--output is 'p.txt'; it must end in .safetensors." in capsys.readouterr().err
 
 
 @pytest.mark.faults

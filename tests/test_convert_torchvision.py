@@ -12,6 +12,7 @@ from detectron2.modeling import build_backbone
 from torchvision.models import resnet18, resnet50
 
 sys.path.insert(0, str(ROOT / "tools"))
+import convert_torchvision
 from convert_torchvision import convert
 
 
@@ -39,3 +40,31 @@ def test_outputs_are_torchvisions(depth, source, tmp_path):
         torch.testing.assert_close(
             ours(image)["res5"], theirs.layer4(expected), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such file"),
+        (b"", "cannot read it"),
+        (b"PK\x03\x04 half of a file", "cannot read it"),
+        ({"model": {"conv1.weight": torch.ones(1)}, "iteration": 9}, "holds model, iteration"),
+        ({"features.0.weight": torch.ones(1)}, "no state dict of a torchvision ResNet"),
+        ([1, 2], "holds a list"),
+    ],
+)
+def test_what_is_no_resnet_of_torchvision_is_told_in_a_sentence(
+    content, message, tmp_path, monkeypatch, capsys
+):
+    source, output = tmp_path / "source.pth", tmp_path / "new" / "R.pkl"
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+    elif content is not None:
+        torch.save(content, source)
+    monkeypatch.setattr(sys, "argv", ["convert_torchvision.py", str(source), str(output)])
+    with pytest.raises(SystemExit) as ended:
+        convert_torchvision.main()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message in said.replace("No such", "no such")
+    assert str(source) in said and not output.parent.exists()

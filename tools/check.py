@@ -15,7 +15,12 @@ import sys
 from globalkd.checks.check import check_run
 from globalkd.checks.components import components_text
 from globalkd.config_reading import fall_back_to_cpu, load_config
-from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
+from globalkd.engine.command_line import (
+    add_import_argument,
+    import_modules,
+    positive,
+    user_errors,
+)
 
 
 def main():
@@ -25,9 +30,9 @@ def main():
     parser.add_argument("--config-file", help="the configuration that train_net.py is to run")
     parser.add_argument("--list", action="store_true", help="list what a configuration can name")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs that the run is to have")
-    parser.add_argument("--steps", type=int, default=3, help="training steps to time")
+    parser.add_argument("--steps", type=positive, default=3, help="training steps to time")
     parser.add_argument(
-        "--prototype-images", type=int, default=64, help="images to make trial prototypes from"
+        "--prototype-images", type=positive, default=64, help="images to make trial prototypes from"
     )
     add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")

@@ -15,6 +15,37 @@ from pathlib import Path
 
 import torch
 
+from globalkd.engine.command_line import user_errors
+
+#: Entries that every ResNet of torchvision has, and hardly anything else.
+RESNET = {"conv1.weight", "layer1.0.conv1.weight", "layer4.0.downsample.0.weight"}
+
+
+def read(source):
+    """The state dict in a file of torchvision's.
+
+    Raises:
+        OSError: no such file.
+        ValueError: the file is damaged, or holds something else.
+    """
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(
+            f"{source}: PyTorch cannot read it ({type(error).__name__}). It must be a .pth file of "
+            "torchvision's, such as resnet152-f82ba261.pth."
+        ) from error
+    entries = state if isinstance(state, dict) else {}
+    if not entries.keys() >= RESNET:
+        found = ", ".join(map(str, list(entries)[:3])) or f"a {type(state).__name__}"
+        raise ValueError(
+            f"{source} holds {found}: that is no state dict of a torchvision ResNet, which has "
+            f"{', '.join(sorted(RESNET))}."
+        )
+    return state
+
 
 def detectron2_name(name):
     """The name of a torchvision ResNet entry in Detectron2's ResNet."""
@@ -44,10 +75,11 @@ def main():
     parser.add_argument("source", help="torchvision's .pth file")
     parser.add_argument("output", help="the .pkl to write")
     args = parser.parse_args()
-    checkpoint = convert(torch.load(args.source, map_location="cpu", weights_only=True))
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, "wb") as stream:
-        pickle.dump(checkpoint, stream)
+    with user_errors(parser):
+        checkpoint = convert(read(args.source))
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.output, "wb") as stream:
+            pickle.dump(checkpoint, stream)
     print(f"{args.output}: {len(checkpoint['model'])} entries.")
 
 

@@ -15,6 +15,7 @@ from globalkd.analysis.demo_figures import draw_detections, draw_reliability
 from globalkd.analysis.html import Page
 from globalkd.analysis.report import build_report
 from globalkd.data import make_digit_scenes
+from globalkd.engine.command_line import positive
 from globalkd.experiments.provenance import commit, machine
 from globalkd.experiments.tables import detector_rows, render_detectors
 from globalkd.experiments.training import TrainingFailed, summarize, train
@@ -71,7 +72,7 @@ def write_report(output, plain, distilled, detectors):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="output/demo", help="folder for everything")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
+    parser.add_argument("--seeds", type=positive, default=1, help="number of seeds")
     args = parser.parse_args()
     begin, made_with = time.time(), {"commit": commit(ROOT), "machine": machine()}
     output = Path(args.output).resolve()

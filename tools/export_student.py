@@ -16,7 +16,12 @@ Where no test image is there, weights are written all the same, read back but no
 import argparse
 import os
 
-from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
+from globalkd.engine.command_line import (
+    add_import_argument,
+    import_modules,
+    positive,
+    user_errors,
+)
 from globalkd.export import export_student
 
 
@@ -27,7 +32,7 @@ def main():
     parser.add_argument("run", help="output folder of a run (holds config.yaml and checkpoints)")
     parser.add_argument("--checkpoint", default="model_final.pth", help="file name in the folder")
     parser.add_argument("--output", default="student.pth", help=".pth, .safetensors, .ts or .onnx")
-    parser.add_argument("--images", type=int, default=4, help="test images to compare on")
+    parser.add_argument("--images", type=positive, default=4, help="test images to compare on")
     add_import_argument(parser)
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"

@@ -37,6 +37,8 @@ def main():
 def run(args):
     """Make the prototypes and write the file."""
     import_modules(args.imports)
+    if not args.output.endswith(".safetensors"):
+        raise ValueError(f"--output is {args.output!r}; it must end in .safetensors.")
     cfg = load_config(args.config_file, args.opts)
     require_distilled(cfg)
     fall_back_to_cpu(cfg)

@@ -22,7 +22,12 @@ from detectron2.utils.logger import setup_logger
 from globalkd import DISTILL_LOSS_REGISTRY, register_datasets
 from globalkd.checks.terms import measure_terms
 from globalkd.config_reading import fall_back_to_cpu, load_config
-from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
+from globalkd.engine.command_line import (
+    add_import_argument,
+    import_modules,
+    positive,
+    user_errors,
+)
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.meta_arch import require_distilled
 from globalkd.pairing import UnfitLosses
@@ -78,7 +83,7 @@ def main():
     )
     parser.add_argument("--config-file", required=True, help="configuration of a distilled run")
     parser.add_argument("--all", action="store_true", help="every loss that the student can have")
-    parser.add_argument("--batches", type=int, default=5, help="training batches to average over")
+    parser.add_argument("--batches", type=positive, default=5, help="batches to average over")
     add_import_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as of train_net")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from globalkd.data import make_digit_scenes
-from globalkd.engine.command_line import user_errors
+from globalkd.engine.command_line import positive, user_errors
 from globalkd.experiments.figures import draw_table
 from globalkd.experiments.matrix import config_digest, load_table
 from globalkd.experiments.provenance import commit, machine
@@ -153,8 +153,8 @@ def main():
     )
     known = ", ".join(sorted(path.stem for path in TABLES.glob("*.yaml")))
     parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"of {known}")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: 1)")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
+    parser.add_argument("--seeds", type=positive, default=1, help="number of seeds (default: 1)")
+    parser.add_argument("--jobs", type=positive, default=1, help="trainings at a time (default: 1)")
     parser.add_argument("--threads", type=int, help="CPU threads of a training")
     parser.add_argument("--num-gpus", type=int, default=0, help="GPUs of a training")
     parser.add_argument("--data", type=Path, help="the data set's folder, where the table needs it")

@@ -15,6 +15,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
+from ..engine.command_line import positive
 from .detection_errors import KINDS, ImageErrors, image_errors, inherited
 from .detections import annotated_instances, detect
 from .error_panels import draw_error_grid
@@ -162,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "noise")
     parser.add_argument("--plain", default="", help="output folder of the plain student")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of a detection")
-    parser.add_argument("--num-images", type=int, default=4, help="images in the picture")
+    parser.add_argument("--num-images", type=positive, default=4, help="images in the picture")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What the commands have in common: `--import MODULE`, and how they end on a mistake of the user's.
+"""What the commands have in common: `--import MODULE`, and how they meet a mistake of the user's.
 
 The modules register losses or other parts. The command line alone names them; a configuration does
 not: reading one runs no code.
@@ -23,6 +23,13 @@ def user_errors(parser: argparse.ArgumentParser, *more: Type[Exception]) -> Iter
         yield
     except (OSError, ValueError, *more) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be an integer of 1 or more")
+    return int(text)
 
 
 def add_import_argument(parser: argparse.ArgumentParser) -> None:
