@@ -18,12 +18,14 @@ from collections import Counter
 from pathlib import Path
 
 import cv2
+import numpy as np
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import Visualizer
+from matplotlib.colors import to_rgb
 from tqdm import tqdm
 
 from globalkd.analysis.runs import load_whole, warn_if_not_last
@@ -126,6 +128,31 @@ def as_json(instances, names):
     ]
 
 
+class Drawing(Visualizer):
+    """Detectron2's drawing, with OpenCV's letters: Chinese and Cyrillic ones are among them."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.texts = []
+
+    def draw_text(self, text, position, *, font_size, color, **_):
+        """Keep a label for `picture`: the corner to write it at, its size in points."""
+        self.texts.append((text, position, font_size * self.output.dpi / 72, to_rgb(color)))
+
+    def picture(self):
+        """(H, W, 3) RGB: what is drawn, and above it the labels, each inside the image."""
+        canvas = self.output.get_image().copy()
+        for text, (x, y), pixels, colour in self.texts:
+            scale = pixels / 26  # about OpenCV's letters of scale 1
+            width, height = cv2.getTextSize(text, 0, scale, 1)[0]
+            x = int(max(min(x, self.output.width - width), 0))
+            y = int(max(min(y, self.output.height - height - 4), 0))
+            cv2.rectangle(canvas, (x, y), (x + width, y + height + 4), (0, 0, 0), -1)
+            ink = (127.5 * (1 + np.array(colour))).tolist()  # light, as the patch is black
+            cv2.putText(canvas, text, (x, y + height + 1), 0, scale, ink, 1, cv2.LINE_AA)
+        return canvas
+
+
 class Demo:
     """A detector that draws what it finds."""
 
@@ -146,9 +173,9 @@ class Demo:
         """(H, W, 3) BGR image -> the picture, likewise, and the detections for JSON."""
         found = self.predictor(image)["instances"].to("cpu")
         names = name_classes(self.names, found.pred_classes.tolist())
-        visualizer = Visualizer(image[:, :, ::-1], Metadata(thing_classes=names))
-        drawing = visualizer.draw_instance_predictions(found)
-        return drawing.get_image()[:, :, ::-1], as_json(found, self.names)
+        drawing = Drawing(image[:, :, ::-1], Metadata(thing_classes=names))
+        drawing.draw_instance_predictions(found)
+        return drawing.picture()[:, :, ::-1], as_json(found, self.names)
 
 
 def run_on_images(demo, files, folder):

@@ -184,6 +184,23 @@ def test_a_class_without_a_name_is_a_number(config_file, monkeypatch):
     assert picture.any() and len(rows) == 2
 
 
+def test_labels_are_written_in_the_letters_of_their_language():
+    """Not as one empty box a letter, which is what a font gives for letters that it lacks."""
+    found = Instances((100, 200), pred_boxes=Boxes(torch.tensor([[150.0, 60, 199, 99]])))
+    found.pred_classes, found.scores = torch.tensor([0]), torch.tensor([0.9])
+    pictures = []
+    for name in ("红红红", "红细胞"):
+        np.random.seed(0)  # of the boxes' colours
+        drawing = demo.Drawing(
+            np.full((100, 200, 3), 128, np.uint8), demo.Metadata(thing_classes=[name])
+        )
+        drawing.draw_instance_predictions(found)
+        pictures.append(drawing.picture())
+    reds, cells = pictures
+    assert reds.shape == cells.shape == (100, 200, 3) and (reds != cells).any()
+    assert (cells == 0).all(axis=2).any(axis=0)[:150].any()  # moved to the left, into the image
+
+
 def test_class_names_come_from_the_config_where_the_data_are_not_here(tiny_cfg, tmp_path):
     cfg = tiny_cfg("rcnn")
     name = f"blood_{tmp_path.name}"
