@@ -1,16 +1,23 @@
 """Planted errors, the scores that should find them, and the audit of a run."""
 
+import base64
 import csv
+import io
 import json
+import re
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, scene_datasets
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 
+from globalkd.analysis.annotations import Annotations
+from globalkd.analysis.audit import CYAN, LISTS, ORANGE, Audit, annotation_rows, audit_page
 from globalkd.analysis.audit_measure import (
     measure_scores,
     measure_unannotated,
@@ -120,14 +127,15 @@ class TestScores:
             detected([[0, 0, 10, 5], [0, 0, 10, 10]], [0, 1], [0.8, 0.3]),  # half the box
             detected([], [], []),
         ]
-        support, moved = class_support(features, found, 3)
+        support, moved, boxes = class_support(features, found, 3)
         torch.testing.assert_close(support, torch.tensor([[0.4, 0.3, 0], [0, 0, 0], [0, 0, 0]]))
         torch.testing.assert_close(moved, torch.tensor([0.4, 0.0, 0.0]))
+        assert boxes[0].tolist() == [0, 0, 10, 5] and boxes[1:].isnan().all()
 
     def test_a_detection_elsewhere_says_nothing_of_a_box(self):
         features = annotated([[0, 0, 10, 10], [30, 30, 40, 40]], [0, 0], [0, 0])
-        support, moved = class_support(features, [detected([[9, 9, 19, 19]], [0], [1.0])], 1)
-        assert support[0] > 0 == support[1] and not moved.any()
+        support, moved, boxes = class_support(features, [detected([[9, 9, 19, 19]], [0], [1.0])], 1)
+        assert support[0] > 0 == support[1] and not moved.any() and boxes.isnan().all()
 
     def test_an_object_without_annotation_is_listed_once(self):
         truth = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[0.0, 0, 10, 10]])))
@@ -176,7 +184,7 @@ def test_a_perfect_detector_finds_every_planted_error(scenes, planted, tiny_cfg)
     rows = [(i, a) for i, record in enumerate(wrong) for a in record["annotations"]]
     boxes = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for _, a in rows)]
     features = annotated(boxes, [a["category_id"] for _, a in rows], [i for i, _ in rows])
-    support, moved = class_support(features, detections, 10)
+    support, moved, _ = class_support(features, detections, 10)
     scores = {"label": best_other_margin(support, features.classes), "box": moved}
     kinds = np.array([a["planted_error"] for _, a in rows])
     table = measure_scores({k: v.numpy() for k, v in scores.items()}, kinds)
@@ -194,6 +202,37 @@ def test_a_perfect_detector_finds_every_planted_error(scenes, planted, tiny_cfg)
     assert (row["count"], row["precision_at_count"]) == (len(removed), 1.0)
 
 
+def test_a_wrong_box_is_shown_and_listed_with_the_teachers(tmp_path):
+    path = tmp_path / "photo.png"
+    cv2.imwrite(str(path), np.full((100, 100, 3), 90, np.uint8))
+    annotations = Annotations(
+        records=[{"file_name": str(path)}],
+        rows=[{"id": 71}, {"id": 72}],
+        features=annotated([[10, 10, 30, 40], [60, 60, 80, 80]], [1, 0], [0, 0]),
+    )
+    none = np.zeros(2)
+    found = Audit(
+        annotations=annotations,
+        scores={**{name: none for _, name, _ in LISTS}, "box_teacher": np.array([0.8, 0.0])},
+        suggested=np.zeros(2, int),
+        teacher_boxes=np.array([[20, 15, 90, 45], [np.nan] * 4]),
+        unannotated=[],
+    )
+    first, second = annotation_rows(found, ["cat", "dog"])
+    assert [first[f"teacher_{x}"] for x in ("x", "y", "width", "height")] == [20, 15, 70, 30]
+    assert np.isnan(second["teacher_x"])
+    page = audit_page(found, ["cat", "dog"], "photos", show=9).write(tmp_path / "audit.html")
+    text = page.read_text()
+    ((content, caption),) = re.findall(r'base64,([^"]+)"><figcaption>(.*?)<', text)
+    assert caption == "dog, 0.80 (annotation 71 in photo.png)"
+    assert "as annotated" in text and "as the teacher detects it" in text
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))).astype(int)
+    for colour, box in ((ORANGE, [10, 10, 30, 40]), (CYAN, [20, 15, 90, 45])):
+        y, x = np.nonzero((np.abs(picture - colour) < 60).all(axis=2))
+        ratio = (x.max() - x.min()) / (y.max() - y.min())
+        assert ratio == pytest.approx((box[2] - box[0]) / (box[3] - box[1]), rel=0.15)
+
+
 @pytest.mark.slow
 def test_the_audit_of_a_run(untrained_run, scenes, planted):
     folder = untrained_run
@@ -209,6 +248,8 @@ def test_the_audit_of_a_run(untrained_run, scenes, planted):
         assert [float(row["x1"]), float(row["y1"])] == pytest.approx(box[:2], abs=0.06)
         assert -1 <= float(row["other_class"]) <= 1 and 0 <= float(row["unexplained"]) <= 1
         assert 0 <= float(row["unseen"]) <= 1 and 0 <= float(row["unreliability"]) <= 1
+        # A box of the teacher wherever it has something to say of the annotated one.
+        assert float(row["box_teacher"]) == 0 or float(row["teacher_width"]) > 0
     measured = list(csv.DictReader((folder / "audit/measured.csv").open()))
     assert {row["error"] for row in measured} == {"label", "box", "missing", "ambiguous"}
     page = (folder / "audit/audit.html").read_text()

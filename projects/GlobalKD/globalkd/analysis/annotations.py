@@ -5,7 +5,7 @@ generation.
 """
 
 from dataclasses import dataclass, replace
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -53,6 +53,10 @@ class Annotations:
     def file(self, row: int) -> str:
         """The image that a row lies in."""
         return self.records[int(self.features.image_ids[row])]["file_name"]
+
+    def number(self, row: int) -> Union[int, str]:
+        """A row's id in a COCO JSON, else its place in the annotations of its image."""
+        return self.rows[row].get("id", int(self.features.annotation_ids[row]))
 
 
 def dataset_annotations(model: nn.Module, dataset: str) -> Annotations:
@@ -142,7 +146,11 @@ def corners(box: Sequence[float]) -> Dict[str, float]:
 
 
 def crop(
-    file_name: str, box: Sequence[float], *, size: int = 128, outline: Sequence[int] = ()
+    file_name: str,
+    box: Sequence[float],
+    *,
+    size: int = 128,
+    outlines: Sequence[Tuple[Sequence[float], Sequence[int]]] = (),
 ) -> np.ndarray:
     """A square crop around a box, with some context.
 
@@ -150,7 +158,7 @@ def crop(
         file_name: the image.
         box: XYXY_ABS in its pixels.
         size: side of the crop in pixels of the result.
-        outline: RGB colour to draw the box in; none if empty.
+        outlines: boxes to draw, each with its RGB colour; the last one lies on top.
 
     Returns:
         (size, size, 3) uint8, RGB; grey where the crop reaches beyond the image.
@@ -164,8 +172,8 @@ def crop(
     result = cv2.warpAffine(
         image, to_crop, (size, size), flags=cv2.INTER_LINEAR, borderValue=(128, 128, 128)
     )
-    if len(outline):
-        corners = np.array([[x1, y1], [x2, y2]]) * scale + to_crop[:, 2]
+    for outline, colour in outlines:
+        corners = np.reshape(outline, (2, 2)) * scale + to_crop[:, 2]
         first, second = (tuple(int(round(v)) for v in corner) for corner in corners)
-        cv2.rectangle(result, first, second, tuple(outline), 2)
+        cv2.rectangle(result, first, second, tuple(colour), 2)
     return result

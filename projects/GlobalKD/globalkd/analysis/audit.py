@@ -8,6 +8,7 @@ planted errors (tools/plant_errors.py), measured.csv says how well each score fi
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Dict, List, Sequence
 
 import numpy as np
@@ -39,6 +40,8 @@ LISTS = (
     ("Least reliable", "unreliability", "The two feature spaces disagree most (Eq. 8)."),
 )
 ORANGE, CYAN = (255, 170, 0), (0, 200, 255)
+#: Side of a crop in pixels.
+SIDE = 160
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Audit:
         annotations: the dataset's annotations.
         scores: name -> (R,), larger is more suspicious.
         suggested: (R,) the class whose detections by the teacher support the box most.
+        teacher_boxes: (R, 4) the teacher's detection that supports the box most, XYXY_ABS; NaN
+            where it detects nothing there.
         unannotated: one dict for each object without annotation, most certain first: "image" (the
             position in the dataset), "class" (its id), "box" (XYXY_ABS), "score".
     """
@@ -56,6 +61,7 @@ class Audit:
     annotations: Annotations
     scores: Dict[str, np.ndarray]
     suggested: np.ndarray
+    teacher_boxes: np.ndarray
     unannotated: List[dict]
 
 
@@ -113,9 +119,9 @@ def audit(model: nn.Module, cfg: CfgNode, dataset: str) -> Audit:
         ),
         "student": detect(model, cfg, records, threshold=0.0, name="student"),
     }
-    support = {}
+    support, boxes = {}, {}
     for name, found in detections.items():
-        support[name], moved = class_support(annotations.features, found, num_classes)
+        support[name], moved, boxes[name] = class_support(annotations.features, found, num_classes)
         margin = best_other_margin(support[name], annotations.features.classes)
         scores.update({f"label_{name}": margin.numpy(), f"box_{name}": moved.numpy()})
     scores["unseen"] = 1 - np.mean([s.amax(dim=1).numpy() for s in support.values()], axis=0)
@@ -123,6 +129,7 @@ def audit(model: nn.Module, cfg: CfgNode, dataset: str) -> Audit:
         annotations=annotations,
         scores=scores,
         suggested=support["teacher"].argmax(dim=1).numpy(),
+        teacher_boxes=boxes["teacher"].numpy(),
         unannotated=_unannotated(records, detections),
     )
 
@@ -157,20 +164,29 @@ def measure(found: Audit, dataset: str) -> List[dict]:
 def annotation_rows(found: Audit, names: Sequence[str]) -> List[dict]:
     """One dict for each annotation, in the dataset's order, with all scores.
 
-    "annotation" is its id in a COCO JSON, else its place in the image's annotations.
+    "annotation" is its id in a COCO JSON, else its place in the image's annotations. The teacher's
+    box stands there as a COCO JSON has boxes, empty where it detects nothing.
     """
     features = found.annotations.features
     return [
         {
             "file": found.annotations.file(i),
-            "annotation": found.annotations.rows[i].get("id", int(features.annotation_ids[i])),
+            "annotation": found.annotations.number(i),
             "class": names[int(features.classes[i])],
             "suggested": names[found.suggested[i]],
             **corners(features.boxes[i]),
+            **_teacher_box(found.teacher_boxes[i]),
             **{name: float(score[i]) for name, score in found.scores.items()},
         }
         for i in range(len(features))
     ]
+
+
+def _teacher_box(box: np.ndarray) -> Dict[str, float]:
+    """XYXY_ABS as the columns x, y, width and height."""
+    x1, y1, x2, y2 = (float(v) for v in box)
+    columns = {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1}
+    return {f"teacher_{name}": round(value, 1) for name, value in columns.items()}
 
 
 def unannotated_rows(found: Audit, names: Sequence[str]) -> List[dict]:
@@ -188,40 +204,48 @@ def unannotated_rows(found: Audit, names: Sequence[str]) -> List[dict]:
 
 def audit_page(found: Audit, names: Sequence[str], dataset: str, *, show: int) -> Page:
     """The page with crops of the most suspicious annotations."""
-    annotations, features = found.annotations, found.annotations.features
+    annotations = found.annotations
     page = Page(f"Audit of {dataset}")
     page.paragraph(
-        f"{len(features)} annotations in {len(annotations.records)} images. Nothing here is proven "
-        "wrong: the lists say where to look first. audit.csv has all annotations and all scores."
+        f"{len(annotations)} annotations in {len(annotations.records)} images. Nothing here is "
+        "proven wrong: the lists say where to look first. audit.csv has all annotations and all "
+        "scores."
     )
+    page.legend({"as annotated": ORANGE, "as the teacher detects it": CYAN})
     for title, name, meaning in LISTS:
         score = found.scores[name]
         first = [i for i in np.argsort(-score, kind="stable")[:show] if score[i] > 0]
         page.heading(title)
         page.paragraph(f"{meaning} Ranked by {name}.")
-        pictures = []
-        for i in first:
-            text = names[int(features.classes[i])]
-            if name == "label_teacher":
-                text += f" → {names[found.suggested[i]]}"
-            box = features.boxes[i].tolist()
-            pictures.append(_captioned(annotations.file(i), box, ORANGE, text, score[i]))
-        page.gallery(pictures)
+        page.gallery(_annotation_picture(found, i, name, names) for i in first)
     page.heading("Objects without annotation?")
     page.paragraph("Both detectors see them. Ranked by score times the student's agreement.")
-    page.gallery(
-        _captioned(
-            annotations.records[row["image"]]["file_name"],
-            row["box"],
-            CYAN,
-            names[row["class"]],
-            row["score"],
-        )
-        for row in found.unannotated[:show]
-    )
+    page.gallery(_unannotated_picture(found, row, names) for row in found.unannotated[:show])
     return page
 
 
-def _captioned(file_name: str, box, colour, text: str, score: float):
-    picture = crop(file_name, box, size=160, outline=colour)
-    return picture, f"{text}, {score:.2f} ({file_name.rsplit('/', 1)[-1]})"
+def _annotation_picture(found: Audit, i: int, ranked_by: str, names: Sequence[str]):
+    """An annotation's crop, for "box_teacher" with the teacher's box, and its caption."""
+    annotations = found.annotations
+    box = annotations.features.boxes[i].numpy()
+    outlines, around = [(box, ORANGE)], box
+    if ranked_by == "box_teacher":
+        other = found.teacher_boxes[i]
+        outlines.append((other, CYAN))
+        around = [*np.minimum(box, other)[:2], *np.maximum(box, other)[2:]]
+    text = names[int(annotations.features.classes[i])]
+    if ranked_by == "label_teacher":
+        text += f" → {names[found.suggested[i]]}"
+    file, number = annotations.file(i), annotations.number(i)
+    return (
+        crop(file, around, size=SIDE, outlines=outlines),
+        f"{text}, {found.scores[ranked_by][i]:.2f} (annotation {number} in {Path(file).name})",
+    )
+
+
+def _unannotated_picture(found: Audit, row: dict, names: Sequence[str]):
+    file = found.annotations.records[row["image"]]["file_name"]
+    return (
+        crop(file, row["box"], size=SIDE, outlines=[(row["box"], CYAN)]),
+        f"{names[row['class']]}, {row['score']:.2f} ({Path(file).name})",
+    )

@@ -75,7 +75,7 @@ def best_other_margin(values: Tensor, classes: Tensor) -> Tensor:
 
 def class_support(
     features: PairedFeatures, detections: List[Instances], num_classes: int
-) -> Tuple[Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor]:
     """What a detector's detections say of the annotations.
 
     A detection supports an annotation by its score times their IoU.
@@ -86,12 +86,14 @@ def class_support(
         num_classes: K.
 
     Returns:
-        (R, K) the best support by each class, in [0, 1]; and (R,) score times (1 - IoU) of the
-        detection that supports most, whatever its class: how sure the detector is of another box.
-        0 where even that one overlaps by less than `RELATED_IOU`.
+        (R, K) the best support by each class, in [0, 1]; (R,) score times (1 - IoU) of the
+        detection that supports most, whatever its class: how sure the detector is of another box;
+        and (R, 4) the box of that detection. 0 and NaN where even that one overlaps by less than
+        `RELATED_IOU`.
     """
     support = torch.zeros(len(features), num_classes)
     moved = torch.zeros(len(features))
+    boxes = torch.full((len(features), 4), float("nan"))
     order = features.image_ids.argsort(stable=True)
     image_ids, counts = features.image_ids[order].unique_consecutive(return_counts=True)
     for image_id, rows in zip(image_ids.tolist(), order.split(counts.tolist())):
@@ -104,8 +106,10 @@ def class_support(
         support[rows] = support[rows].scatter_reduce(1, index, each, "amax")
         best = each.argmax(dim=1)
         overlap = iou.gather(1, best[:, None]).squeeze(1)
-        moved[rows] = found.scores[best] * (1 - overlap) * (overlap >= RELATED_IOU)
-    return support, moved
+        related = overlap >= RELATED_IOU
+        moved[rows] = found.scores[best] * (1 - overlap) * related
+        boxes[rows[related]] = found.pred_boxes.tensor[best[related]]
+    return support, moved, boxes
 
 
 def unannotated_objects(annotated: Instances, teacher: Instances, student: Instances) -> Instances:

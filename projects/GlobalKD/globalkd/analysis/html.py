@@ -9,7 +9,7 @@ import io
 import re
 from html import escape
 from pathlib import Path
-from typing import Iterable, Sequence, Tuple, Union
+from typing import Dict, Iterable, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -77,6 +77,14 @@ class Page:
         """Small figures (image, caption) side by side, in rows as wide as the window."""
         figures = "\n".join(_figure(image, caption) for image, caption in images)
         self._parts.append(f'<div class="gallery">{figures}</div>')
+
+    def legend(self, colours: Dict[str, Sequence[int]]) -> None:
+        """What the colours in pictures stand for: text -> RGB."""
+        parts = (
+            f'<span style="color: rgb{tuple(rgb)}">■</span> {escape(text)}'
+            for text, rgb in colours.items()
+        )
+        self._parts.append(f"<p>{' &nbsp; '.join(parts)}</p>")
 
     def details(self, summary: str, text: str) -> None:
         """Preformatted text that is folded until the reader opens it."""
