@@ -4,11 +4,13 @@ import csv
 import sys
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 from globalkd.analysis.explained_share import explained_shares
+from globalkd.analysis.gallery import MAX_NAME_WIDTH, _shortened, _strip, _text_width
 
 sys.path.insert(0, str(ROOT / "tools"))
 from analyze import main as analyze
@@ -78,6 +80,15 @@ def test_gallery_of_a_run(untrained_run):
         "gallery_p3.jpg",
     ]
     assert (folder / "gallery.html").read_text().count("data:image") == len(rows)
+
+
+def test_a_long_class_name_is_seen_whole_or_ends_in_dots():
+    assert _shortened("traffic light", MAX_NAME_WIDTH) == "traffic light"
+    short = _shortened("traffic light", 50)
+    assert _text_width(short) <= 50 and short.endswith("...") and short.startswith("tr")
+    strip = _strip("traffic light", 120, [np.zeros((128, 128, 3), np.uint8)], 2)
+    assert strip.shape == (64, 120 + 2 * 64, 3)
+    assert not strip[1:63, 121:183].any() and (strip[:, 184:] == 255).all()
 
 
 @pytest.mark.slow

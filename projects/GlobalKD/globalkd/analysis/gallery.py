@@ -27,6 +27,8 @@ from .runs import add_run_arguments, load_run, output_folder, read_config
 from .tables import write_csv
 
 TILE = 64
+#: Widest column of class names in a level's picture, in pixels.
+MAX_NAME_WIDTH = 4 * TILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +80,13 @@ def prototype_gallery(
         "lowered Eq. (2). Explained: share of the second moment of the class's unit features, in "
         "the teacher's and in the student's space, within the span of the prototypes so far."
     )
-    rows = []
+    names = [_shortened(name, MAX_NAME_WIDTH) for name in classes]
+    rows, width = [], max(TILE, *map(_text_width, names))
     with tqdm(desc="gallery", total=len(levels) * len(classes), disable=None) as bar:
         for level in levels:
             page.heading(f"Level {level}")
             sheet = []
-            for name in classes:
+            for name, shown in zip(classes, names):
                 k = class_names.index(name)
                 found = _describe(features, prototypes, files, level, k)
                 crops = [
@@ -91,7 +94,7 @@ def prototype_gallery(
                     for row in found
                 ]
                 rows += [{"level": level, "class": name, **row} for row in found]
-                sheet.append(_strip(name, crops, prototypes.rows[level].shape[1]))
+                sheet.append(_strip(shown, width, crops, prototypes.rows[level].shape[1]))
                 _add_class(page, name, found, crops, int(prototypes.counts[k]))
                 bar.update()
             Image.fromarray(np.vstack(sheet)).save(output / f"gallery_{level}.jpg", quality=85)
@@ -154,11 +157,26 @@ def _add_class(page: Page, name: str, found: List[dict], crops: List[np.ndarray]
     )
 
 
-def _strip(name: str, crops: List[np.ndarray], count: int) -> np.ndarray:
-    """(TILE, TILE * (count + 1), 3): the class's name, its crops, and white."""
-    strip = np.full((TILE, TILE * (count + 1), 3), 255, np.uint8)
-    cv2.putText(strip, name[:9], (4, TILE // 2 + 5), 0, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+def _strip(name: str, width: int, crops: List[np.ndarray], count: int) -> np.ndarray:
+    """(TILE, width + TILE * count, 3): the class's name, its crops, and white."""
+    strip = np.full((TILE, width + TILE * count, 3), 255, np.uint8)
+    cv2.putText(strip, name, (4, TILE // 2 + 5), 0, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     for i, picture in enumerate(crops):
         tile = cv2.resize(picture, (TILE - 2, TILE - 2), interpolation=cv2.INTER_AREA)
-        strip[1 : TILE - 1, TILE * (i + 1) + 1 : TILE * (i + 2) - 1] = tile
+        left = width + TILE * i
+        strip[1 : TILE - 1, left + 1 : left + TILE - 1] = tile
     return strip
+
+
+def _text_width(text: str) -> int:
+    """Pixels that a name takes, with a margin on both sides."""
+    return cv2.getTextSize(text, 0, 0.4, 1)[0][0] + 8
+
+
+def _shortened(name: str, width: int) -> str:
+    """The name, or as much of it as fits into so many pixels, and three dots."""
+    kept, shown = name, name
+    while _text_width(shown) > width:
+        kept = kept[:-1]
+        shown = kept + "..."
+    return shown
