@@ -143,6 +143,15 @@ def test_a_section_shows_texts_tables_and_pictures_of_its_folder(tmp_path):
     assert len(shown.of("img")) == 1
 
 
+def test_numbers_from_ten_on_are_rounded(tmp_path):
+    with (tmp_path / "table.csv").open("w") as stream:
+        csv.writer(stream).writerows([["AP"], ["31.8456"], ["-99.9951"], ["0.8456"], ["12"]])
+    page = Page("Title")
+    add_part(page, "noise", tmp_path)
+    text = page.write(tmp_path / "page.html").read_text()
+    assert all(f">{cell}<" in text for cell in ("31.85", "-100.00", "0.8456", "12"))
+
+
 def finish(folder, ap):
     """Give an untrained run the records of a finished one."""
     records = [

@@ -31,8 +31,8 @@ PARTS = {
     "gallery": gallery,
     "audit": audit,
 }
-#: A number from 10 on, as the CSV files have it: the page leaves out its last two decimals.
-_LARGE = re.compile(r"^(-?\d{2,}\.\d\d)\d\d$")
+#: A number from 10 on, as the CSV files have it: the page has two decimals of it.
+_LARGE = re.compile(r"^-?\d{2,}\.\d{4}$")
 #: A table of more rows is named on the page and not shown.
 MAX_ROWS = 40
 
@@ -116,9 +116,13 @@ def _add_table(page: Page, path: Path) -> None:
     with path.open(newline="", encoding="utf-8") as stream:
         header, *rows = csv.reader(stream)
     if len(rows) <= MAX_ROWS:
-        page.table(header, [[_LARGE.sub(r"\1", cell) for cell in row] for row in rows])
+        page.table(header, [[_rounded(cell) for cell in row] for row in rows])
     else:
         page.paragraph(f"{path.parent.name}/{path.name} has {len(rows)} rows: {', '.join(header)}.")
+
+
+def _rounded(cell: str) -> str:
+    return f"{float(cell):.2f}" if _LARGE.match(cell) else cell
 
 
 def _about(run: Path, cfg: CfgNode) -> str:
