@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
 
-from .reliability import ambiguity_auc
+from .reliability import ranking_auc
 
 #: Rows of a list that a user may well look through.
 HEAD = 20
@@ -32,7 +32,7 @@ def ranking_quality(score: np.ndarray, wanted: np.ndarray) -> Dict[str, float]:
     first = wanted[np.argsort(-score, kind="stable")]
     count = int(wanted.sum())
     return {
-        "auc": ambiguity_auc(-score, wanted),
+        "auc": ranking_auc(score, wanted),
         f"precision_at_{HEAD}": float(first[:HEAD].mean()) if len(first) else float("nan"),
         "precision_at_count": float(first[:count].mean()) if count else float("nan"),
     }

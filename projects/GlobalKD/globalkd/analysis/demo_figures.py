@@ -12,8 +12,11 @@ from .error_panels import draw_error_grid
 from .reliability import ambiguity_auc, dataset_reliability
 from .runs import load_run, read_config
 
+#: Least score of a detection that is drawn.
+THRESHOLD = 0.5
 
-def draw_detections(path, folders: Dict[str, Path], *, count: int = 5, threshold: float = 0.5):
+
+def draw_detections(path, folders: Dict[str, Path], *, count: int = 5):
     """Annotations and each detector's detections on the first validation images.
 
     The colour of a detection says whether it is correct, or its kind of error.
@@ -23,7 +26,7 @@ def draw_detections(path, folders: Dict[str, Path], *, count: int = 5, threshold
     records = DatasetCatalog.get(dataset)[:count]
     truth = [annotated_instances(record) for record in records]
     found = {
-        name: detect(load_run(folder), cfg, records, threshold=threshold, name=name)
+        name: detect(load_run(folder), cfg, records, threshold=THRESHOLD, name=name)
         for name, folder in folders.items()
     }
     draw_error_grid(path, records, truth, found, MetadataCatalog.get(dataset).thing_classes)

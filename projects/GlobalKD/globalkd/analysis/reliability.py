@@ -140,15 +140,25 @@ def level_reliability(
 
 
 def ambiguity_auc(score: np.ndarray, ambiguous: np.ndarray) -> float:
-    """Probability that an ambiguous row scores below a clean one; 0.5 is chance.
+    """Probability that an ambiguous row scores below a clean one; see `ranking_auc`.
 
     Args:
         score: (R,) reliability.
         ambiguous: (R,) bool.
+    """
+    return ranking_auc(-score, ambiguous)
+
+
+def ranking_auc(score: np.ndarray, wanted: np.ndarray) -> float:
+    """Probability that a wanted row scores above another; 0.5 is chance.
+
+    Args:
+        score: (R,).
+        wanted: (R,) bool.
 
     Returns:
         Area under the ROC curve, ties counted half; NaN if one kind is absent.
     """
-    if ambiguous.all() or not ambiguous.any():
+    if wanted.all() or not wanted.any():
         return float("nan")
-    return float(roc_auc_score(ambiguous, -score))
+    return float(roc_auc_score(wanted, score))

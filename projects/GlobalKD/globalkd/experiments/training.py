@@ -12,15 +12,10 @@ from typing import Dict, List, Optional, Sequence
 
 from tqdm import tqdm
 
-from ..analysis.runs import read_metrics
+from ..analysis.runs import final_metrics, read_metrics
 
-METRICS = {
-    "AP": "bbox/AP",
-    "AP50": "bbox/AP50",
-    "AP75": "bbox/AP75",
-    "AP_clean": "bbox/AP-clean",
-    "AP_ambiguous": "bbox/AP-ambiguous",
-}
+#: What a result file has of a run's final metrics.
+METRICS = ("AP", "AP50", "AP75", "AP-clean", "AP-ambiguous")
 
 
 class TrainingFailed(RuntimeError):
@@ -105,8 +100,7 @@ def train(
 
 def is_finished(folder: Path) -> bool:
     """Whether a training's final checkpoint and evaluation are there."""
-    final = Path(folder, "model_final.pth").exists()
-    return final and any("bbox/AP" in record for record in read_metrics(folder))
+    return Path(folder, "model_final.pth").exists() and "AP" in final_metrics(folder)
 
 
 def _refuse_other_command(folder: Path, command: List[str]) -> None:
@@ -133,9 +127,8 @@ def _follow(process, folder: Path, position: int) -> None:
 
 def summarize(folder: Path) -> Dict[str, float]:
     """A run's final metrics, as far as its evaluator gives them, and median seconds a step."""
-    records = read_metrics(folder)
-    final = [record for record in records if "bbox/AP" in record][-1]
-    result = {name: round(final[key], 2) for name, key in METRICS.items() if key in final}
-    if seconds := [record["time"] for record in records if "time" in record]:
+    final = final_metrics(folder)
+    result = {key.replace("-", "_"): round(final[key], 2) for key in METRICS if key in final}
+    if seconds := [record["time"] for record in read_metrics(folder) if "time" in record]:
         result["seconds_per_step"] = round(statistics.median(seconds), 3)
     return result
