@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 
 from globalkd import add_globalkd_config
@@ -251,6 +252,48 @@ def test_where_masks_are_trained_a_box_without_one_is_left_out_and_counted(tmp_p
     (annotation,) = DatasetCatalog.get("mine")[0]["annotations"]
     assert annotation["segmentation"] == [TRIANGLE]
     assert "mine: left out 2 of 3 annotations that have no segmentation" in caplog.text
+
+
+def trained_on(record):
+    """The instances of a record in a training that resizes its image from 40 x 30 to 25 x 19."""
+    mapper = DatasetMapper(
+        is_train=True,
+        augmentations=[T.Resize((19, 25))],
+        image_format="BGR",
+        use_instance_mask=any("segmentation" in a for a in record["annotations"]),
+    )
+    return mapper(record)["instances"]
+
+
+def test_boxes_and_polygons_of_whole_numbers_keep_the_fractions_of_a_resized_image(tmp_path):
+    """Also where another coordinate of the file is a fraction already."""
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 40, 3), np.uint8))
+    entry = write_shapes(tmp_path, [[TRIANGLE], [[5.5, *TRIANGLE[1:]]]])
+    cfg = config(coco=[entry])
+    cfg.MODEL.MASK_ON = True
+    register_datasets(cfg)
+    instances = trained_on(DatasetCatalog.get("mine")[0])
+    scale = np.array([25 / 40, 19 / 30])
+    expected = np.array([5, 5, 14, 14]) * np.tile(scale, 2)
+    for box in instances.gt_boxes.tensor.numpy():
+        np.testing.assert_allclose(box, expected, rtol=1e-6)
+    ((first,), (second,)) = instances.gt_masks.polygons
+    np.testing.assert_allclose(first.reshape(3, 2), np.reshape(TRIANGLE, (3, 2)) * scale)
+    np.testing.assert_allclose(second[1:], first[1:])
+
+
+def test_a_tiny_box_of_whole_numbers_is_not_lost_in_a_smaller_image(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 40, 3), np.uint8))
+    register_datasets(config(coco=[write_coco(tmp_path, boxes=[[5, 5, 1, 1]])]))
+    (record,) = DatasetCatalog.get("mine")
+    assert len(trained_on(record)) == 1
+
+
+def test_voc_boxes_keep_the_fractions_of_a_resized_image(tmp_path):
+    register_datasets(config(voc=[write_voc(tmp_path, [("cat", 6, 6, 14, 14, "")])]))
+    (box,) = trained_on(DatasetCatalog.get("mine")[0]).gt_boxes.tensor.numpy()
+    scale = np.array([25 / 40, 19 / 30] * 2)
+    np.testing.assert_allclose(box, np.array([5, 5, 14, 14]) * scale, rtol=1e-6)
 
 
 def test_only_the_named_datasets_need_their_files(tmp_path):

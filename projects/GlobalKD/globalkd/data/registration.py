@@ -118,6 +118,7 @@ def _load_coco(name: str, json_file: str, image_root: str, masks: bool) -> List[
         raise ValueError(f"DATASETS.COCO: {json_file} is not complete JSON: {error}") from error
     except (ValueError, AssertionError) as error:
         raise ValueError(f"DATASETS.COCO: '{name}', {json_file}: {error}") from error
+    make_coordinates_floats(records)
     return drop_empty_boxes(records, name)
 
 
@@ -234,6 +235,24 @@ def first_images(dataset: str, count: int) -> str:
             kept.setdefault("globalkd_source", [dataset, count])
         MetadataCatalog.get(name).set(**kept)
     return name
+
+
+def make_coordinates_floats(records: List[Dict]) -> None:
+    """Make boxes and polygons of whole numbers floats, in place.
+
+    Detectron2 resizes within the array that it makes of them: one of integers would lose every
+    fraction. Keypoints are floats by its own loader.
+    """
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["bbox"] = _as_floats(annotation["bbox"])
+            if isinstance(annotation.get("segmentation"), list):
+                annotation["segmentation"] = [_as_floats(p) for p in annotation["segmentation"]]
+
+
+def _as_floats(numbers: List) -> List:
+    """Floats for integers; a list with a float in it becomes an array of floats in any case."""
+    return list(map(float, numbers)) if all(isinstance(x, int) for x in numbers) else numbers
 
 
 def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
