@@ -261,6 +261,60 @@ def test_a_json_without_area_and_iscrowd_is_evaluated(cfg, tmp_path, monkeypatch
     assert results["AP"] == results["APs"] == results["AP-clean"] == pytest.approx(100)
 
 
+def change_annotations(entry, change):
+    """Change each annotation of a JSON that `write_coco` wrote, by its place."""
+    content = json.loads(Path(entry[1]).read_text())
+    for i, annotation in enumerate(content["annotations"]):
+        change(i, annotation)
+    Path(entry[1]).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("area", "warnings"), [("400", 1), ("large", 1), ([], 1), (math.nan, 1), (None, 0)]
+)
+def test_an_area_that_is_no_number_is_that_of_the_box(cfg, tmp_path, caplog, area, warnings):
+    entry = write_coco(tmp_path)
+    copy = ["other", str(tmp_path / "other.json"), entry[2]]
+    Path(copy[1]).write_text(Path(entry[1]).read_text())
+    change_annotations(copy, lambda i, a: a.update(area=area if i % 2 else a["area"]))
+    register_datasets_of(cfg, coco=[entry, copy])
+
+    def predict(record):
+        return noisy_detections(record, np.random.default_rng(record["image_id"]), num_classes=3)
+
+    expected = evaluate(build_evaluator(cfg, "mine"), "mine", predict)
+    assert expected["APs"] > 5 and expected["APm"] > 5 and "no number" not in caplog.text
+    assert_equal(evaluate(build_evaluator(cfg, "other"), "other", predict), expected)
+    assert caplog.text.count("other: 15 annotations have an area that is no number") == warnings
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("crowd", ["0", "1", None, 2])
+def test_a_crowd_that_is_neither_0_nor_1_is_refused(cfg, tmp_path, crowd):
+    """Of a dataset that somebody else registered, too: only the evaluator sees that."""
+    entry = write_coco(tmp_path)
+    change_annotations(entry, lambda i, a: a.update(iscrowd=crowd if i in (3, 4) else 0))
+    register_coco_instances("foreign", {}, *entry[1:])
+    with pytest.raises(ValueError, match="'foreign'.*2 annotations whose iscrowd.*ids: 4, 5"):
+        build_evaluator(cfg, "foreign")
+
+
+@pytest.mark.parametrize("implementation", [coco_evaluation.FasterCOCOeval, COCOeval])
+def test_a_crowd_may_be_a_boolean(cfg, tmp_path, monkeypatch, implementation):
+    monkeypatch.setattr(coco_evaluation, "FasterCOCOeval", implementation)
+    entry = write_coco(tmp_path)
+    copy = ["other", str(tmp_path / "other.json"), entry[2]]
+    Path(copy[1]).write_text(Path(entry[1]).read_text())
+    change_annotations(copy, lambda i, a: a.update(iscrowd=bool(a["iscrowd"])))
+    register_datasets_of(cfg, coco=[entry, copy])
+
+    def predict(record):
+        return noisy_detections(record, np.random.default_rng(record["image_id"]), num_classes=3)
+
+    expected = evaluate(build_evaluator(cfg, "mine"), "mine", predict)
+    assert_equal(evaluate(build_evaluator(cfg, "other"), "other", predict), expected)
+
+
 def test_what_an_earlier_run_converted_is_not_read_again(cfg, tmp_path):
     register_datasets_of(cfg, coco=[write_coco(tmp_path)])
     records = DatasetCatalog.get("mine")

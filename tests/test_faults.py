@@ -324,6 +324,12 @@ DATA = {
         lambda c: c.update(annotations={"1": []}),
         '"annotations" should be a list',
     ),
+    "text for a crowd": (
+        put("annotations", "iscrowd", "0"),
+        "1 annotations whose iscrowd is not 0 or 1; ids: 10",
+    ),
+    "nothing for a crowd": (put("annotations", "iscrowd", None), "iscrowd is not 0 or 1; ids: 10"),
+    "two crowds in one": (put("annotations", "iscrowd", 2), "iscrowd is not 0 or 1; ids: 10"),
     "ignored annotation": (put("annotations", "ignore", 1), '"ignore".*not supported'),
 }
 
@@ -333,6 +339,15 @@ def test_a_dataset(tmp_path, case):
     change, said = DATA[case]
     with pytest.raises(ValueError, match=f"DATASETS.COCO: .*x.json.*: .*{said}"):
         load(coco(tmp_path, change))
+
+
+@pytest.mark.parametrize("crowd", [0, False, 0.0])
+def test_what_is_no_crowd_is_trained_on(tmp_path, crowd):
+    load(coco(tmp_path, put("annotations", "iscrowd", crowd)))
+    cfg = reading_cfg(0)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    (batch,) = (batch for batch, _ in zip(DistillTrainer.build_train_loader(cfg), range(1)))
+    assert [len(x["instances"]) for x in batch] == [1, 1]
 
 
 def test_an_image_that_a_voc_split_names_twice(tmp_path):

@@ -70,6 +70,7 @@ def check_coco(content: Dict[str, Any]) -> None:
     known = {category["id"] for category in content["categories"]}
     strange = [a["id"] for a in annotations if a["category_id"] not in known]
     _refuse(strange, 'annotations whose category_id is not in "categories"; ids')
+    check_crowds(annotations)
     _check_boxes(annotations)
 
 
@@ -131,6 +132,12 @@ def check_ids(rows: List[dict], name: str, types: Tuple[type, ...] = (int,)) -> 
     seen = set()
     twice = [x for x in ids if x in seen or seen.add(x)]
     _refuse(twice, f'ids that stand twice in "{name}"')
+
+
+def check_crowds(annotations: List[dict]) -> None:
+    """Raise a ValueError where training and COCO's metric would not agree on what is a crowd."""
+    strange = [a["id"] for a in annotations if a.get("iscrowd", 0) not in (0, 1)]
+    _refuse(strange, "annotations whose iscrowd is not 0 or 1; ids")
 
 
 def _check_boxes(annotations: List[dict]) -> None:

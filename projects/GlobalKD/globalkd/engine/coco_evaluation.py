@@ -3,7 +3,8 @@
 import contextlib
 import io
 import logging
-from typing import List, Type
+import math
+from typing import Any, List, Type
 from unittest import mock
 
 from detectron2.evaluation import COCOEvaluator
@@ -13,7 +14,7 @@ from faster_coco_eval import COCOeval_faster as FasterCOCOeval
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..data.coco_checks import drop_without_segmentation
+from ..data.coco_checks import check_crowds, drop_without_segmentation
 from ..data.config_checks import require_images, require_integer_ids
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class FastCOCOEvaluator(COCOEvaluator):
     (instances of ambiguity 0) and "AP-ambiguous" (the others). Instances of the other subset are
     ignored: neither they nor detections matched to them count. A model that detects nothing has AP
     0. NaN stands for what the dataset does not define, such as AP of a class without instances.
-    Annotations may have ids of any kind.
+    Annotations may have ids of any kind. An area that is missing or no number is that of the box.
     """
 
     def __init__(self, dataset_name: str, **kwargs):
@@ -36,11 +37,16 @@ class FastCOCOEvaluator(COCOEvaluator):
         require_images(len(self._coco_api.imgs), dataset_name)
         require_integer_ids(list(self._coco_api.imgs), dataset_name)
         self._use_fast_impl = True
+        annotations = self._coco_api.dataset.get("annotations", [])
+        try:
+            check_crowds(annotations)
+        except ValueError as error:
+            raise ValueError(f"DATASETS.TEST: '{dataset_name}': {error}") from error
+        fill_areas(annotations, dataset_name)
         # COCOeval takes a match with id 0 for none, and text for no id; this is our own copy.
-        for number, annotation in enumerate(self._coco_api.dataset.get("annotations", []), 1):
+        for number, annotation in enumerate(annotations, 1):
             annotation["id"] = number
-            annotation.setdefault("iscrowd", 0)  # many files lack this and the area
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+            annotation.setdefault("iscrowd", 0)  # many files lack this
         self._index()
 
     def _index(self) -> None:
@@ -88,6 +94,29 @@ class FastCOCOEvaluator(COCOEvaluator):
             self._logger.info("AP by ambiguity:\n" + create_small_table(extra))
             results.update(extra)
         return results
+
+
+def fill_areas(annotations: List[dict], name: str) -> None:
+    """Give each annotation without an area that of its box, in place.
+
+    Many files lack areas. One that is there and no number gives a warning that counts them: it
+    would put its object into no size, or a wrong one, of APs, APm and APl.
+    """
+    strange = 0
+    for annotation in annotations:
+        area = annotation.setdefault("area", None)
+        if not _is_number(area):
+            strange += area is not None
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    if strange:
+        logger.warning(
+            f"{name}: {strange} annotations have an area that is no number; that of their box is "
+            "taken."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _evaluate_nothing(truth: COCO, iou_type: str) -> COCOeval:
