@@ -16,8 +16,9 @@ from detectron2.data.datasets.pascal_voc import load_voc_instances
 from globalkd import add_globalkd_config
 from globalkd.data import make_digit_scenes, register_datasets
 from globalkd.data.class_names import class_names
-from globalkd.data.registration import read_categories
+from globalkd.data.coco_files import read_categories
 from globalkd.data.voc import load_voc_folder
+from globalkd.engine.coco_evaluation import FastCOCOEvaluator
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("GLOBALKD_TEST_DATA", ROOT.parent / "shared" / "datasets"))
@@ -171,6 +172,28 @@ def test_categories_are_found_wherever_they_stand(tmp_path, indent, last):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8")
     assert read_categories(str(path)) == categories
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_changes_nothing(tmp_path, encoding):
+    """As editors and scripts on Windows write it."""
+    entry = write_coco(tmp_path / "coco", boxes=[[0, 0, 5, 5]], categories=[(7, "Bär")])
+    content = json.dumps(json.loads(Path(entry[1]).read_text()), ensure_ascii=False)
+    Path(entry[1]).write_text(content, encoding=encoding)
+    register_datasets(config(coco=[entry]))
+    (record,) = DatasetCatalog.get("mine")
+    assert len(record["annotations"]) == 1
+    assert MetadataCatalog.get("mine").thing_classes == ["Bär"]
+    assert len(FastCOCOEvaluator("mine")._coco_api.anns) == 1
+
+
+def test_a_voc_split_may_begin_with_a_byte_order_mark(tmp_path):
+    register_datasets(config(voc=[write_voc(tmp_path, [("cat", 5, 5, 9, 9, "")])]))
+    (tmp_path / "ImageSets/Main/some.txt").write_text("one\r\n", encoding="utf-8-sig")
+    path = tmp_path / "Annotations/one.xml"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    (record,) = DatasetCatalog.get("mine")
+    assert record["image_id"] == "one" and len(record["annotations"]) == 1
 
 
 def test_a_nested_key_of_the_same_name_is_not_taken_for_the_categories(tmp_path):

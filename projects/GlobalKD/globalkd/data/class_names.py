@@ -6,7 +6,8 @@ from typing import List
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from .registration import coco_entry, read_categories, voc_entry
+from .coco_files import read_categories
+from .registration import coco_entry, voc_entry
 
 
 def class_names(cfg: CfgNode, dataset: str) -> List[str]:

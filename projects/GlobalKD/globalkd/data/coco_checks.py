@@ -10,35 +10,10 @@ import os
 from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
-from pycocotools.coco import COCO
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 3
-
-
-class CheckedCOCO(COCO):
-    """pycocotools' `COCO`, which checks its content before it indexes it."""
-
-    def __init__(self, annotation_file: str, *, name: str, masks: bool):
-        """
-        Args:
-            annotation_file: a COCO JSON.
-            name: the dataset's, for warnings.
-            masks: whether masks are trained. If so, annotations without a segmentation are left
-                out. If not, an unusable segmentation is; Detectron2 would leave out the whole
-                annotation.
-        """
-        self._name, self._masks = name, masks
-        super().__init__(annotation_file)
-
-    def createIndex(self) -> None:
-        check_coco(self.dataset)
-        if self._masks:
-            drop_without_segmentation(self.dataset, self._name)
-        else:
-            leave_out_segmentations(self.dataset.get("annotations", []), self._name)
-        super().createIndex()
 
 
 def check_coco(content: Dict[str, Any]) -> None:

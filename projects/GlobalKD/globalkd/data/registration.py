@@ -1,15 +1,13 @@
 """Registers the datasets that a config lists under DATASETS.COCO and DATASETS.VOC.
 
 Here: checks of the entries, the two Detectron2 catalogs, and the removal of boxes that cannot be
-learnt. Not here: the file formats (`voc.py`, Detectron2's COCO loader) and the metrics
+learnt. Not here: the file formats (`voc.py`, `coco_files.py`) and the metrics
 (`engine/evaluation.py`). Files of annotations are read when a dataset is first asked for.
 """
 
 import json
 import logging
-import mmap
 import os
-import re
 from contextlib import contextmanager
 from functools import partial
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
@@ -22,7 +20,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .coco_checks import CheckedCOCO, check_ids
+from .coco_files import CheckedCOCO, read_categories
 from .voc import load_voc_folder, split_file
 
 logger = logging.getLogger(__name__)
@@ -178,48 +176,6 @@ def _is_registered(key: str, name: str, source: List) -> bool:
         owner = f"stands for {known}" if known else "is registered outside this config"
         raise ValueError(f"{key}: the name '{name}' already {owner}; {source} needs another name")
     return True
-
-
-def read_categories(json_file: str) -> List[Dict]:
-    """The "categories" of a COCO JSON, without parsing the rest of a large file.
-
-    Args:
-        json_file: path of an annotation file.
-
-    Returns:
-        The category dicts in the order of their labels, by id; never empty.
-
-    Raises:
-        ValueError: the file is not JSON or lists no categories, or their ids are no integers.
-    """
-    with open(PathManager.get_local_path(json_file), "rb") as file:
-        content = file.read(1) and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        starts = [match.end() for match in re.finditer(rb'"categories"\s*:\s*', content)]
-        # A key inside a string would have escaped quotes; a second match is a nested key.
-        categories = _decode_list(content, starts[0]) if len(starts) == 1 else None
-        if categories is None:
-            whole = json.loads(content[:])
-            categories = whole.get("categories") if isinstance(whole, dict) else None
-    if not categories or not all(
-        isinstance(c, dict) and {"id", "name"} <= set(c) for c in categories
-    ):
-        raise ValueError('a COCO JSON needs "categories": [{"id": ..., "name": ...}, ...]')
-    check_ids(categories, "categories")
-    return sorted(categories, key=lambda category: category["id"])
-
-
-def _decode_list(content, start: int):
-    """Decode the JSON list that begins at `start`; None where there is no complete list."""
-    size = 1 << 16
-    while start < len(content):
-        text = content[start : start + size].decode("utf-8", errors="ignore")
-        try:
-            return json.JSONDecoder().raw_decode(text)[0]
-        except json.JSONDecodeError:
-            if start + size >= len(content):
-                return None
-            size *= 4
-    return None
 
 
 def first_images(dataset: str, count: int) -> str:

@@ -46,7 +46,8 @@ def load_voc_folder(folder: str, split: str, class_names: Sequence[str]) -> List
     annotations = PathManager.get_local_path(os.path.join(folder, "Annotations"))
     images = _image_files(os.path.join(folder, "JPEGImages"))
     class_ids = {name: index for index, name in enumerate(class_names)}
-    with PathManager.open(split_file(folder, split)) as lines:
+    # A byte order mark, as editors on Windows write it, is no part of the first name.
+    with PathManager.open(split_file(folder, split), encoding="utf-8-sig") as lines:
         names = [line.strip() for line in lines if line.strip()]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

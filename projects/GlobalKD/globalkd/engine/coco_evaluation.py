@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..data.coco_checks import check_crowds, drop_without_segmentation
+from ..data.coco_files import COCOFile
 from ..data.config_checks import require_images, require_integer_ids
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class FastCOCOEvaluator(COCOEvaluator):
     def __init__(self, dataset_name: str, **kwargs):
         # What an earlier run converted to COCO's format may be of other data.
         kwargs.setdefault("allow_cached_coco", False)
-        super().__init__(dataset_name, use_fast_impl=False, **kwargs)
+        with mock.patch.object(detectron2_coco, "COCO", COCOFile):
+            super().__init__(dataset_name, use_fast_impl=False, **kwargs)
         require_images(len(self._coco_api.imgs), dataset_name)
         require_integer_ids(list(self._coco_api.imgs), dataset_name)
         self._use_fast_impl = True
