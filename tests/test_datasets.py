@@ -146,7 +146,9 @@ def test_an_entry_of_another_form_is_shown_with_the_right_one(coco, voc, said):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"categories": []}', '{"categories": ["a"]}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"categories": []}', '{"categories": ["a"]}', '{"categories": 5}']
+)
 def test_a_json_without_categories_is_named(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match="DATASETS.COCO.*x.json"):
@@ -335,6 +337,25 @@ def test_clean_data_gives_no_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="globalkd"):
         DatasetCatalog.get("mine")
     assert not [r for r in caplog.records if r.name.startswith("globalkd")]
+
+
+def test_two_categories_of_one_name_are_warned_of(tmp_path, caplog):
+    categories = [(7, "cat"), (3, "dog"), (9, "cat")]
+    register_datasets(config(coco=[write_coco(tmp_path, boxes=[], categories=categories)]))
+    assert MetadataCatalog.get("mine").thing_classes == ["dog", "cat", "cat"]
+    assert "1 names stand for several categories, such as 'cat' for those of ids 7, 9" in (
+        caplog.text
+    )
+
+
+def test_a_file_of_two_image_ids_is_warned_of(tmp_path, caplog):
+    entry = write_coco(tmp_path, boxes=[[0, 0, 5, 5]])
+    content = json.loads(Path(entry[1]).read_text())
+    content["images"].append({**content["images"][0], "id": 6})
+    Path(entry[1]).write_text(json.dumps(content))
+    register_datasets(config(coco=[entry]))
+    assert len(DatasetCatalog.get("mine")) == 2
+    assert "mine: 1 image files have several ids, such as a.png with 5, 6" in caplog.text
 
 
 def test_ambiguity_and_crowds_reach_the_dataset_dicts(tmp_path):

@@ -311,6 +311,14 @@ DATA = {
         put("categories", "id", "7"),
         "1 ids in \"categories\" that are no integers: '7'",
     ),
+    "number for a class name": (
+        put("categories", "name", 5),
+        "1 categories whose name is no text or empty; ids: 7",
+    ),
+    "empty class name": (
+        put("categories", "name", ""),
+        "1 categories whose name is no text or empty; ids: 7",
+    ),
     "list for an annotation id": (
         put("annotations", "id", [1]),
         'ids in "annotations" that are no integers or text',

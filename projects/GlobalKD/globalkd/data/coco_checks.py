@@ -7,6 +7,7 @@ whose boxes are kept. Not here: boxes without area inside their image, which are
 
 import logging
 import os
+from collections import Counter
 from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -36,6 +37,7 @@ def check_coco(content: Dict[str, Any]) -> None:
     check_ids(images, "images", (int, str))
     check_ids(annotations, "annotations", (int, str))
     check_ids(content["categories"], "categories")
+    check_class_names(content["categories"])
     strange = [a["id"] for a in annotations if type(a["image_id"]) not in (int, str)]
     _refuse(strange, "annotations whose image_id is no integer or text; ids")
     outside = [x["file_name"] for x in images if _leaves_folder(x["file_name"])]
@@ -107,6 +109,39 @@ def check_ids(rows: List[dict], name: str, types: Tuple[type, ...] = (int,)) -> 
     seen = set()
     twice = [x for x in ids if x in seen or seen.add(x)]
     _refuse(twice, f'ids that stand twice in "{name}"')
+
+
+def check_class_names(categories: List[dict]) -> None:
+    """Raise a ValueError where a category's name is no text, or empty."""
+    strange = [
+        c["id"] for c in categories if not (isinstance(c["name"], str) and c["name"].strip())
+    ]
+    _refuse(strange, "categories whose name is no text or empty; ids")
+
+
+def warn_of_equal_names(categories: List[dict], name: str) -> None:
+    """Warn where categories share a name: labels stay apart, and results by class do not."""
+    counts = Counter(category["name"] for category in categories)
+    twice = [label for label, count in counts.items() if count > 1]
+    if twice:
+        ids = [category["id"] for category in categories if category["name"] == twice[0]]
+        logger.warning(
+            f"{name}: {len(twice)} names stand for several categories, such as '{twice[0]}' for "
+            f"those of ids {', '.join(map(str, ids))}; they are trained apart, and of their AP "
+            "only one is reported"
+        )
+
+
+def warn_of_equal_files(images: List[dict], name: str) -> None:
+    """Warn where a file has several ids: in each, the objects of the others are not annotated."""
+    counts = Counter(image["file_name"] for image in images)
+    twice = [file for file, count in counts.items() if count > 1]
+    if twice:
+        ids = [image["id"] for image in images if image["file_name"] == twice[0]]
+        logger.warning(
+            f"{name}: {len(twice)} image files have several ids, such as {twice[0]} with "
+            f"{', '.join(map(str, ids))}; each is an image of its own, without the others' boxes"
+        )
 
 
 def check_crowds(annotations: List[dict]) -> None:

@@ -13,10 +13,12 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
 from .coco_checks import (
+    check_class_names,
     check_coco,
     check_ids,
     drop_without_segmentation,
     leave_out_segmentations,
+    warn_of_equal_files,
 )
 
 
@@ -47,6 +49,7 @@ class CheckedCOCO(COCOFile):
 
     def createIndex(self) -> None:
         check_coco(self.dataset)
+        warn_of_equal_files(self.dataset["images"], self._name)
         if self._masks:
             drop_without_segmentation(self.dataset, self._name)
         else:
@@ -64,7 +67,8 @@ def read_categories(json_file: str) -> List[Dict]:
         The category dicts in the order of their labels, by id; never empty.
 
     Raises:
-        ValueError: the file is not JSON or lists no categories, or their ids are no integers.
+        ValueError: the file is not JSON or lists no categories, their ids are no integers or
+            their names no text.
     """
     with open(PathManager.get_local_path(json_file), "rb") as file:
         content = file.read(1) and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -74,11 +78,11 @@ def read_categories(json_file: str) -> List[Dict]:
         if categories is None:
             whole = json.loads(content[:])
             categories = whole.get("categories") if isinstance(whole, dict) else None
-    if not categories or not all(
-        isinstance(c, dict) and {"id", "name"} <= set(c) for c in categories
-    ):
+    is_list = isinstance(categories, list) and bool(categories)
+    if not is_list or not all(isinstance(c, dict) and {"id", "name"} <= set(c) for c in categories):
         raise ValueError('a COCO JSON needs "categories": [{"id": ..., "name": ...}, ...]')
     check_ids(categories, "categories")
+    check_class_names(categories)
     return sorted(categories, key=lambda category: category["id"])
 
 

@@ -20,6 +20,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from .coco_checks import warn_of_equal_names
 from .coco_files import CheckedCOCO, read_categories
 from .voc import load_voc_folder, split_file
 
@@ -95,6 +96,7 @@ def _register_coco(entry: Sequence[str], *, masks: bool) -> None:
         categories = read_categories(json_file)
     except ValueError as error:
         raise ValueError(f"{key}: entry {entry!r}: {json_file}: {error}") from error
+    warn_of_equal_names(categories, name)
     MetadataCatalog.get(name).set(
         evaluator_type="coco",
         globalkd_source=source,
