@@ -401,10 +401,55 @@ def test_voc_boxes_of_no_area_are_dropped_with_one_warning(tmp_path, caplog):
     assert "dropped 2 boxes" in caplog.text and "one.png" in caplog.text
 
 
+def test_images_of_a_voc_split_may_lie_in_subfolders(tmp_path):
+    write_voc(tmp_path, [("cat", 5, 5, 9, 9, "")], name="a")
+    for part, file in (("Annotations", "a.xml"), ("JPEGImages", "a.png")):
+        (tmp_path / part / "s/t").mkdir(parents=True)
+        for sub in ("s", "s/t"):
+            (tmp_path / part / sub / file).write_bytes((tmp_path / part / file).read_bytes())
+    (tmp_path / "ImageSets/Main/some.txt").write_text("s/a\na\ns/t/a\n")
+    register_datasets(config(voc=[["mine", str(tmp_path), "some", ["cat"]]]))
+    records = DatasetCatalog.get("mine")
+    assert [r["image_id"] for r in records] == ["s/a", "a", "s/t/a"]
+    for record in records:
+        assert record["file_name"] == str(tmp_path / f"JPEGImages/{record['image_id']}.png")
+        assert len(record["annotations"]) == 1
+    (tmp_path / "ImageSets/Main/some.txt").write_text("s/a\nu/a\n")
+    with pytest.raises(FileNotFoundError, match="u/a.jpg .*listed in split 'some'"):
+        DatasetCatalog.get("mine")
+
+
+@pytest.mark.parametrize(("text", "difficult"), [("true", True), (" False ", False), ("", False)])
+def test_a_voc_flag_may_be_a_word(tmp_path, text, difficult):
+    objects = [("cat", 5, 5, 9, 9, f"<difficult>{text}</difficult>")]
+    register_datasets(config(voc=[write_voc(tmp_path, objects)]))
+    (annotation,) = DatasetCatalog.get("mine")[0]["annotations"]
+    assert annotation["difficult"] == difficult
+
+
+def test_the_parts_of_a_voc_object_are_no_objects(tmp_path):
+    part = "<part><name>head</name><bndbox><xmin>5</xmin></bndbox></part>"
+    register_datasets(config(voc=[write_voc(tmp_path, [("cat", 5, 5, 9, 9, part)])]))
+    assert len(DatasetCatalog.get("mine")[0]["annotations"]) == 1
+
+
+def within(tag):
+    """Puts all objects of an annotation file into an element."""
+    return lambda text: text.replace("</size>", f"</size><{tag}>").replace(
+        "</annotation>", f"</{tag}></annotation>"
+    )
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (within("objects"), "1 <bndbox>, but 0 <object> of <annotation>"),
+        (lambda text: text.replace("object>", "Object>"), "1 <bndbox>, but 0 <object>"),
+        (
+            lambda text: text.replace("</name>", "</name><difficult>maybe</difficult>"),
+            "<difficult> is 'maybe'; it must be one of 0, 1, false, true",
+        ),
         (lambda text: text.replace("cat", "cow"), "unknown class 'cow'.*'cat', 'dog'"),
         (lambda text: text.replace("<width>40", "<width>0"), "<size> is 0 x 30"),
         (lambda text: text.replace("<xmin>5</xmin>", ""), "no <bndbox/xmin>"),

@@ -40,7 +40,7 @@ def check_coco(content: Dict[str, Any]) -> None:
     check_class_names(content["categories"])
     strange = [a["id"] for a in annotations if type(a["image_id"]) not in (int, str)]
     _refuse(strange, "annotations whose image_id is no integer or text; ids")
-    outside = [x["file_name"] for x in images if _leaves_folder(x["file_name"])]
+    outside = [x["file_name"] for x in images if leaves_folder(x["file_name"])]
     _refuse(outside, "file names that are absolute or lead out of the image folder")
     small = [x["file_name"] for x in images if not (_is_size(x["height"]) and _is_size(x["width"]))]
     _refuse(small, "images whose height or width is no number above 0")
@@ -111,6 +111,13 @@ def check_ids(rows: List[dict], name: str, types: Tuple[type, ...] = (int,)) -> 
     _refuse(twice, f'ids that stand twice in "{name}"')
 
 
+def leaves_folder(name: Any) -> bool:
+    """Whether a file name is no text, absolute, or leads out of its folder by ".."."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return True
+    return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")
+
+
 def check_class_names(categories: List[dict]) -> None:
     """Raise a ValueError where a category's name is no text, or empty."""
     strange = [
@@ -166,12 +173,6 @@ def _is_box(box: Any) -> bool:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, (int, float)) and value > 0
-
-
-def _leaves_folder(name: Any) -> bool:
-    if not isinstance(name, str) or not name or "\0" in name:
-        return True
-    return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")
 
 
 def _refuse(examples: List, problem: str) -> None:

@@ -16,7 +16,10 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from .coco_checks import leaves_folder
+
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
+DIFFICULT = {"0": False, "1": True, "false": False, "true": True}
 
 
 def split_file(folder: str, split: str) -> str:
@@ -29,7 +32,8 @@ def load_voc_folder(folder: str, split: str, class_names: Sequence[str]) -> List
 
     Args:
         folder: holds Annotations/, ImageSets/Main/ and JPEGImages/.
-        split: name of a file in ImageSets/Main/, without ".txt".
+        split: name of a file in ImageSets/Main/, without ".txt". It names images, without their
+            extension and with their subfolder, if they are in one.
         class_names: the classes; their order gives the contiguous ids.
 
     Returns:
@@ -40,11 +44,10 @@ def load_voc_folder(folder: str, split: str, class_names: Sequence[str]) -> List
 
     Raises:
         FileNotFoundError: an image or annotation file of the split is missing.
-        ValueError: an image is listed twice, or an annotation file is malformed, has no image size
-            or an unknown class.
+        ValueError: an image is listed twice, or an annotation file is malformed, has no image size,
+            an unknown class or boxes of no object.
     """
     annotations = PathManager.get_local_path(os.path.join(folder, "Annotations"))
-    images = _image_files(os.path.join(folder, "JPEGImages"))
     class_ids = {name: index for index, name in enumerate(class_names)}
     # A byte order mark, as editors on Windows write it, is no part of the first name.
     with PathManager.open(split_file(folder, split), encoding="utf-8-sig") as lines:
@@ -54,6 +57,9 @@ def load_voc_folder(folder: str, split: str, class_names: Sequence[str]) -> List
         raise ValueError(
             f"{split_file(folder, split)} names {len(twice)} images twice: {twice[:3]}"
         )
+    images = {}
+    for part in {os.path.dirname(name) for name in names if not leaves_folder(name)}:
+        images.update(_image_files(os.path.join(folder, "JPEGImages"), part))
     records = []
     hidden = None if comm.is_main_process() else True  # None: only on a terminal
     for name in tqdm(names, desc=f"annotations, {split}", unit="file", disable=hidden):
@@ -65,14 +71,22 @@ def load_voc_folder(folder: str, split: str, class_names: Sequence[str]) -> List
     return records
 
 
-def _image_files(folder: str) -> Dict[str, str]:
-    """Name without extension -> path; .jpg goes before .jpeg before .png."""
-    files = {}
+def _image_files(folder: str, part: str) -> Dict[str, str]:
+    """Name in a split -> path; .jpg goes before .jpeg before .png.
+
+    Args:
+        folder: JPEGImages.
+        part: the subfolder whose images are wanted; "": those of the folder itself.
+    """
+    path = os.path.join(folder, part) if part else folder
+    if not PathManager.isdir(path):
+        return {}
+    found, files = PathManager.ls(path), {}
     for extension in reversed(IMAGE_EXTENSIONS):
-        for file in PathManager.ls(folder):
-            stem, found = os.path.splitext(file)
-            if found.lower() == extension:
-                files[stem] = os.path.join(folder, file)
+        for file in found:
+            stem, other = os.path.splitext(file)
+            if other.lower() == extension:
+                files[os.path.join(part, stem)] = os.path.join(path, file)
     return files
 
 
@@ -83,6 +97,7 @@ def _read_annotation(path: str, class_ids: Dict[str, int]) -> Dict:
         root = ET.parse(path).getroot()
         width, height = int(_number(root, "size/width")), int(_number(root, "size/height"))
         objects = [_read_object(element, class_ids) for element in root.findall("object")]
+        _require_all_read(root, len(objects))
     except KeyError as error:
         known = list(class_ids)
         raise ValueError(f"{path}: unknown class {error}; DATASETS.VOC lists {known}") from error
@@ -96,6 +111,9 @@ def _read_annotation(path: str, class_ids: Dict[str, int]) -> Dict:
 def _read_object(element: ET.Element, class_ids: Dict[str, int]) -> Dict:
     name = (element.findtext("name") or "").strip()
     label = class_ids[name]
+    difficult = (element.findtext("difficult") or "0").strip().lower()
+    if difficult not in DIFFICULT:
+        raise ValueError(f"<difficult> is {difficult!r}; it must be one of {', '.join(DIFFICULT)}")
     left, top = _number(element, "bndbox/xmin"), _number(element, "bndbox/ymin")
     right, bottom = _number(element, "bndbox/xmax"), _number(element, "bndbox/ymax")
     # One-based and inclusive. A box without area would become one pixel: leave it as it is, to be
@@ -105,8 +123,26 @@ def _read_object(element: ET.Element, class_ids: Dict[str, int]) -> Dict:
         "category_id": label,
         "bbox": [left - shift, top - shift, right, bottom],
         "bbox_mode": BoxMode.XYXY_ABS,
-        "difficult": (element.findtext("difficult") or "0").strip() == "1",
+        "difficult": DIFFICULT[difficult],
     }
+
+
+def _require_all_read(root: ET.Element, count: int) -> None:
+    """Raise a ValueError where boxes stand elsewhere than in the objects of the root.
+
+    A misspelt tag or a level between would otherwise make an image without objects of it. The boxes
+    of an object's parts are none of objects.
+    """
+    boxes, elements = 0, [root]
+    while elements:
+        element = elements.pop()
+        boxes += element.tag.lower() == "bndbox"
+        elements.extend(child for child in element if child.tag != "part")
+    if boxes != count:
+        raise ValueError(
+            f"it has {boxes} <bndbox>, but {count} <object> of <{root.tag}>: each must stand in an "
+            "<object> of its own, directly in the root"
+        )
 
 
 def _number(element: ET.Element, path: str) -> float:
