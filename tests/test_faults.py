@@ -18,6 +18,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from PIL import Image
 from safetensors.torch import save_file
 
 from globalkd import add_globalkd_config, register_datasets
@@ -443,6 +444,20 @@ def test_by_key_another_image_takes_its_place_and_it_is_counted(tmp_path, how, c
     assert readable_images(loader).unreadable.tolist() == [False, True]
     (warning,) = [x.getMessage() for x in caplog.records if x.name.startswith("globalkd")]
     assert "2.png cannot be read" in warning and "passed over, number 1" in warning
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 0])
+def test_a_turned_photograph_of_another_size_is_told_of_its_tag(tmp_path, orientation):
+    load(coco(tmp_path))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    size = (40, 30) if orientation == 6 else (30, 40)
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", size).save(tmp_path / name, exif=exif)
+    with pytest.raises(ValueError, match=r"SizeMismatchError: .*got \(30, 40\)") as caught:
+        next(iter(DistillTrainer.build_train_loader(reading_cfg(0))))
+    hint = "Its EXIF orientation is 6, which Detectron2 applies: annotate the turned image"
+    assert (hint in str(caught.value)) == (orientation == 6)
 
 
 def test_the_images_that_workers_could_not_read_are_counted_in_the_training(tmp_path):

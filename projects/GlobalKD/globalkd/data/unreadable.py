@@ -10,6 +10,8 @@ from typing import Any, Callable, Optional
 import torch
 from detectron2.data import ToIterableDataset
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset
 
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 #: What Pillow and Detectron2 raise for a file that is missing, damaged, huge, or of another size.
 UNREADABLE = (OSError, SyntaxError, SizeMismatchError, DecompressionBombError)
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 class ReadableImages(Dataset):
@@ -97,13 +100,35 @@ class BlankIfUnreadable:
         return {**record, "image": image}
 
 
+def exif_orientation(file: str) -> int:
+    """How an image is to be turned to be seen upright, from 2 to 8; 1: as it is, or not known."""
+    try:
+        with PathManager.open(file, "rb") as stream, Image.open(stream) as image:
+            orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # as Detectron2 does: a damaged tag is no tag
+        return 1
+    return orientation if orientation in range(2, 9) else 1
+
+
+def reading_problem(file: str, error: BaseException) -> str:
+    """What is said of an image of which `error`, one of `UNREADABLE`, was raised."""
+    text = f"{file} cannot be read: {type(error).__name__}: {error}"
+    orientation = exif_orientation(file) if isinstance(error, SizeMismatchError) else 1
+    if orientation == 1:
+        return text
+    return (
+        f"{text} Its EXIF orientation is {orientation}, which Detectron2 applies: annotate the "
+        "turned image, or remove the tag"
+    )
+
+
 def pass_over(record: dict, error: BaseException, count: int, most: int) -> None:
     """Warn of an image that cannot be read, or raise where there have been too many.
 
     Raises:
         ValueError: `count` is above `most`.
     """
-    problem = f"{record['file_name']} cannot be read: {type(error).__name__}: {error}"
+    problem = reading_problem(record["file_name"], error)
     key = f"DATALOADER.MAX_UNREADABLE_IMAGES is {most}"
     if count > most:
         raise ValueError(
