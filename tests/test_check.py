@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections import Counter
 
@@ -9,6 +10,7 @@ import cv2
 import pytest
 from conftest import ROOT
 from detectron2.modeling import build_model
+from PIL import Image
 
 from globalkd.checks.check import check_run, check_settings
 from globalkd.checks.components import list_components
@@ -79,6 +81,80 @@ def test_images_of_more_than_eight_bits_are_warned_of(tiny_cfg, checked, scenes,
     cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, ["deep", str(scenes / "train.json"), str(folder)]]
     report, _ = checked(cfg)
     assert any("12 images of a sample have more than 8 bits" in w for w in report.warnings)
+
+
+def copy_of_train(cfg, scenes, folder):
+    """Let DATASETS.TRAIN be a copy of the training scenes; the paths of its images."""
+    shutil.copytree(scenes / "train", folder)
+    name = f"copy_{folder.parent.name}"
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, [name, str(scenes / "train.json"), str(folder)]]
+    cfg.DATASETS.TRAIN = (name,)
+    return sorted(folder.iterdir())
+
+
+def data_report(cfg):
+    """What is reported of the datasets of a configuration."""
+    report = CheckReport(lambda text: None)
+    register_datasets(cfg)
+    check_datasets(cfg, report, num_gpus=1)
+    return report
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("most", [2, 3])
+def test_images_that_training_cannot_use_are_a_problem(tiny_cfg, scenes, tmp_path, catalogs, most):
+    """Or a warning, where the run is to pass over so many."""
+    cfg = tiny_cfg("rcnn", "DATALOADER.MAX_UNREADABLE_IMAGES", most)
+    first, second, third, *_ = copy_of_train(cfg, scenes, tmp_path / "x")
+    first.write_bytes(first.read_bytes()[:-30])
+    Image.new("RGB", (9, 9)).save(second)
+    third.write_text("hello")
+    report = data_report(cfg)
+    (text,) = report.problems if most == 2 else [w for w in report.warnings if "opened" in w]
+    assert "3 of 12 images opened cannot be used, such as" in text and str(first) in text
+    assert not report.problems or most == 2
+
+
+@pytest.mark.faults
+def test_images_with_an_orientation_are_warned_of(tiny_cfg, scenes, tmp_path, catalogs):
+    cfg = tiny_cfg("rcnn")
+    files = copy_of_train(cfg, scenes, tmp_path / "x")
+    for path, orientation in zip(files, (1, 3, 6)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.open(path).save(path, exif=exif)
+    report = data_report(cfg)
+    assert report.problems == []
+    (text,) = [w for w in report.warnings if "EXIF" in w]
+    assert "2 images of a sample have an EXIF orientation" in text and str(files[1]) in text
+
+
+@pytest.mark.faults
+def test_a_turned_image_of_another_size_is_a_problem_that_names_its_tag(
+    tiny_cfg, scenes, tmp_path, catalogs
+):
+    cfg = tiny_cfg("rcnn")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = copy_of_train(cfg, scenes, tmp_path / "x")[0]
+    Image.new("RGB", (64, 48)).save(path, exif=exif)
+    (problem,) = data_report(cfg).problems
+    assert "1 of 12 images opened" in problem and "EXIF orientation is 6" in problem
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("same_name", [True, False])
+def test_a_test_set_of_the_training_annotations_is_warned_of(
+    tiny_cfg, scenes, tmp_path, catalogs, same_name
+):
+    cfg = tiny_cfg("rcnn")
+    name, json_file, folder = cfg.DATASETS.COCO[0]
+    (tmp_path / "link.json").symlink_to(json_file)
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, ["other", str(tmp_path / "link.json"), folder]]
+    assert not any("same data" in w for w in data_report(cfg).warnings)
+    cfg.DATASETS.TEST = (name if same_name else "other",)
+    (text,) = [w for w in data_report(cfg).warnings if "same data" in w]
+    assert f"DATASETS.TRAIN '{name}' and DATASETS.TEST" in text
 
 
 @pytest.mark.faults

@@ -1,15 +1,14 @@
 """What the datasets of a configuration hold, before anything is trained on them."""
 
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Dict, List
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
 from tabulate import tabulate
 
 from ..data import register_datasets
@@ -20,15 +19,15 @@ from ..data.config_checks import (
     detector_classes,
     require_images,
 )
+from ..data.voc import split_file
 from ..meta_arch import is_distilled
 from ..prototypes.extraction import usable_boxes
+from .images import ImageSample, check_images, open_images
 from .report import CheckReport, shortened
 
 DATASET_KEYS = ("COCO", "VOC")
 #: Longer tables of classes are cut to the rarest ones.
 CLASSES_SHOWN = 25
-#: Images of a dataset that are opened, to see how they store their values.
-IMAGES_OPENED = 100
 
 
 @dataclass
@@ -38,7 +37,7 @@ class DatasetSummary:
     Attributes:
         images, empty_images: their number, and of those without a box.
         missing: image files that are not there.
-        deep: of at most `IMAGES_OPENED` images, evenly spaced, those with more than 8 bits a value.
+        sample: what some of the images show.
         instances: class name -> its boxes without crowds and difficult ones.
         candidates: of those, how many are large enough to become prototypes.
     """
@@ -47,7 +46,7 @@ class DatasetSummary:
     images: int = 0
     empty_images: int = 0
     missing: List[str] = field(default_factory=list)
-    deep: List[str] = field(default_factory=list)
+    sample: ImageSample = field(default_factory=ImageSample)
     instances: Dict[str, int] = field(default_factory=dict)
     candidates: Dict[str, int] = field(default_factory=dict)
 
@@ -80,23 +79,13 @@ def summarize_dataset(name: str, *, num_classes: int, min_box_size: float) -> Da
     summary = DatasetSummary(name, images=len(records))
     summary.empty_images = sum(not record.get("annotations") for record in records)
     summary.missing = [r["file_name"] for r in records if not os.path.exists(r["file_name"])]
-    files = [r["file_name"] for r in records[:: math.ceil(len(records) / IMAGES_OPENED) or 1]]
-    summary.deep = [file for file in files if _is_deep(file)]
+    summary.sample = open_images(records)
     labels = list(MetadataCatalog.get(name).get("thing_classes", []))
     labels = labels or [f"class {i}" for i in range(num_classes)]
     summary.instances, summary.candidates = (
         _count(usable_boxes(records, size).classes, labels) for size in (0.0, min_box_size)
     )
     return summary
-
-
-def _is_deep(file: str) -> bool:
-    """Whether an image's values are of 16 or 32 bits, or floats; False where it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            return image.mode == "F" or image.mode.startswith("I")
-    except (OSError, ValueError):
-        return False
 
 
 def _count(label_ids: np.ndarray, labels: List[str]) -> Dict[str, int]:
@@ -127,6 +116,10 @@ def check_datasets(cfg: CfgNode, report: CheckReport, num_gpus: int) -> bool:
         usable = usable and fits
     for summary in summaries:
         _check_dataset(summary, report)
+        check_images(
+            summary.sample, summary.name, report, most=cfg.DATALOADER.MAX_UNREADABLE_IMAGES
+        )
+    _check_overlap(summaries, cfg, report)
     train = [s for s in summaries if s.name in cfg.DATASETS.TRAIN]
     if train:
         images = sum(
@@ -179,17 +172,32 @@ def _check_dataset(summary: DatasetSummary, report: CheckReport) -> None:
             f"{name}: {len(summary.missing)} of {summary.images} image files are missing, such as "
             f"{summary.missing[0]}."
         )
-    if summary.deep:
-        report.warn(
-            f"{name}: {len(summary.deep)} images of a sample have more than 8 bits a value, such "
-            f"as {summary.deep[0]}: Detectron2 reads every value above 255 as white. Convert them "
-            "to 8 bits, or read them by a mapper of your own."
-        )
     absent = [label for label, count in summary.instances.items() if count == 0]
     if absent:
         report.warn(f"{name} has no box of these classes: {shortened(absent)}.")
     if summary.empty_images:
         report.warn(f"{name}: {summary.empty_images} of {summary.images} images have no box.")
+
+
+def _check_overlap(summaries: List[DatasetSummary], cfg: CfgNode, report: CheckReport) -> None:
+    """Warn where a training set and a test set are read from one file of annotations."""
+    files = {s.name: _annotation_file(s.name) for s in summaries}
+    for train, test in product(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST):
+        file = files.get(train)
+        if file and file == files.get(test):
+            report.warn(
+                f"DATASETS.TRAIN '{train}' and DATASETS.TEST '{test}' are the same data, {file}: "
+                "the metric would be that of images trained on."
+            )
+
+
+def _annotation_file(name: str) -> str:
+    """The file that lists a dataset's images: the COCO JSON or VOC split; "" if not known."""
+    metadata = MetadataCatalog.get(name)
+    file = metadata.get("json_file", "")
+    if metadata.get("evaluator_type") == "pascal_voc":
+        file = split_file(metadata.get("dirname", ""), metadata.get("split", ""))
+    return os.path.realpath(file) if os.path.isfile(file) else ""
 
 
 def _check_prototype_counts(train: List[DatasetSummary], cfg: CfgNode, report: CheckReport) -> None:
