@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import logging
 import shutil
 import sys
 from collections import Counter
 
 import cv2
 import pytest
+import torch
 from conftest import ROOT
 from detectron2.modeling import build_model
 from PIL import Image
@@ -189,6 +191,39 @@ def test_data_that_cannot_be_trained_on_are_problems(tiny_cfg, checked, scenes, 
     assert "10 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 7" in problems
     assert "1 of 12 image files are missing" in problems and "lost.png" in problems
     assert "dropped 1 boxes" in warnings
+
+
+@pytest.mark.faults
+def test_what_detectron2_warns_of_is_a_warning(tiny_cfg, checked, scenes, tmp_path):
+    """But for what the report says itself: the entries of weights, and late SOLVER.STEPS."""
+    content = json.loads((scenes / "train.json").read_text())
+    lost = content["images"].pop()["id"]
+    count = sum(a["image_id"] != lost for a in content["annotations"])
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    cfg = tiny_cfg("rcnn", "SOLVER.STEPS", (99,), distill=False)
+    name = f"lost_{tmp_path.name}"
+    entry = [name, str(tmp_path / "x.json"), str(scenes / "train")]
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, entry]
+    cfg.DATASETS.TRAIN = (name,)
+    state = build_model(cfg).backbone.state_dict()
+    torch.save({"model": {f"backbone.{k}": v for k, v in state.items()}}, tmp_path / "start.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "start.pth")
+    report, text = checked(cfg)
+    total = len(content["annotations"])
+    found = [w for w in report.warnings if f"{total} annotations, but only {count} of them" in w]
+    assert len(found) == 1 and "entries filled from" in text and report.problems == []
+    assert not any("checkpoint" in w for w in report.warnings)
+    assert sum("SOLVER.STEPS" in w for w in report.warnings) == 1
+
+
+def test_a_report_leaves_the_loggers_as_they_were():
+    loggers = [logging.getLogger(name) for name in ("globalkd", "detectron2", "fvcore")]
+    before = [(x.propagate, list(x.handlers)) for x in loggers]
+    report = CheckReport(lambda text: None)
+    with report.log_warnings():
+        logging.getLogger("fvcore.nn").warning("something")
+    assert report.warnings == ["something"]
+    assert [(x.propagate, list(x.handlers)) for x in loggers] == before
 
 
 @pytest.mark.faults

@@ -5,6 +5,12 @@ from contextlib import contextmanager
 from typing import Callable, Iterator, List, Sequence
 from urllib.error import URLError
 
+#: Whose warnings are those of a report.
+LOGGERS = ("globalkd", "detectron2", "fvcore")
+#: Of these not: each entry that a file of weights lacks or has beyond the model's, as `detectors`
+#: tells their number; and late SOLVER.STEPS, of which `check` warns.
+SAID_OTHERWISE = ("detectron2.checkpoint", "fvcore.common.checkpoint", "detectron2.solver.build")
+
 
 class CheckReport:
     """What a check found: problems, with which a run fails, and warnings, with which it may not."""
@@ -42,20 +48,27 @@ class CheckReport:
 
     @contextmanager
     def log_warnings(self) -> Iterator[None]:
-        """What the package itself warns of meanwhile, such as dropped boxes, is a warning here."""
+        """What is logged as a warning meanwhile, such as dropped boxes, is a warning here.
+
+        That of the package and of Detectron2, but for what the check says in its own words.
+        """
         handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record: self.warn(record.getMessage())
-        logger = logging.getLogger("globalkd")
-        propagate, logger.propagate = logger.propagate, False
+        handler.emit = lambda record: self.warn(record.getMessage().strip())
+        handler.addFilter(lambda record: not record.name.startswith(SAID_OTHERWISE))
+        loggers = [logging.getLogger(name) for name in LOGGERS]
+        propagate = [logger.propagate for logger in loggers]
         disabled = logging.root.manager.disable
-        logger.addHandler(handler)
+        for logger in loggers:
+            logger.propagate = False
+            logger.addHandler(handler)
         logging.disable(logging.INFO)  # Detectron2's trainer prints the whole model
         try:
             yield
         finally:
             logging.disable(disabled)
-            logger.removeHandler(handler)
-            logger.propagate = propagate
+            for logger, before in zip(loggers, propagate):
+                logger.removeHandler(handler)
+                logger.propagate = before
 
     @contextmanager
     def trial(self) -> Iterator[None]:
