@@ -16,7 +16,7 @@ from detectron2.data.datasets.pascal_voc import load_voc_instances
 from globalkd import add_globalkd_config
 from globalkd.data import make_digit_scenes, register_datasets
 from globalkd.data.class_names import class_names
-from globalkd.data.coco_files import read_categories
+from globalkd.data.coco_files import read_categories, read_file_names
 from globalkd.data.voc import load_voc_folder
 from globalkd.engine.coco_evaluation import FastCOCOEvaluator
 
@@ -174,6 +174,7 @@ def test_categories_are_found_wherever_they_stand(tmp_path, indent, last):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8")
     assert read_categories(str(path)) == categories
+    assert read_file_names(str(path)) == []
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -203,6 +204,20 @@ def test_a_nested_key_of_the_same_name_is_not_taken_for_the_categories(tmp_path)
     content = {"images": [{"categories": nested}], "categories": [{"id": 1, "name": "right"}]}
     (tmp_path / "x.json").write_text(json.dumps(content))
     assert read_categories(str(tmp_path / "x.json")) == [{"id": 1, "name": "right"}]
+
+
+def test_file_names_are_read_without_the_rest(tmp_path):
+    images = [{"file_name": f"{i}.png"} for i in range(5000)]  # more than one window
+    content = {
+        "images": [*images, {}, 3, {"file_name": "../x.png"}],
+        "annotations": "not looked at",
+    }
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    assert read_file_names(str(path)) == [f"{i}.png" for i in range(5000)]
+    for content in ('{"annotations": []}', '{"images": [', '{"images": 5}', ""):
+        path.write_text(content)
+        assert read_file_names(str(path)) == []
 
 
 def test_annotations_keep_their_ids_and_those_of_categories_are_no_news(tmp_path, caplog):

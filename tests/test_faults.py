@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from globalkd import add_globalkd_config, register_datasets
 from globalkd.config_reading import load_config
+from globalkd.data.config_checks import check_data
 from globalkd.data.unreadable import BlankIfUnreadable, readable_images
 from globalkd.data.voc import load_voc_folder
 from globalkd.engine.hooks import UnreadableImageCount
@@ -431,6 +432,37 @@ def test_an_image_that_cannot_be_read_ends_training_with_its_name(tmp_path, how)
     break_image(tmp_path / "2.png", how)
     with pytest.raises(ValueError, match=r"2.png cannot be read: .*MAX_UNREADABLE_IMAGES is 0"):
         next(iter(DistillTrainer.build_train_loader(reading_cfg(0))))
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_a_wrong_image_folder_is_told_before_anything_is_built(
+    tiny_cfg, tmp_path, monkeypatch, key
+):
+    cfg = tiny_cfg("rcnn", distill=False)
+    json_file = cfg.DATASETS.COCO[["TRAIN", "TEST"].index(key)][1]
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, ["mine", json_file, str(tmp_path)]]
+    cfg.DATASETS[key] = ("mine",)
+    register_datasets(cfg)
+    count = {"TRAIN": 12, "TEST": 4}[key]
+    monkeypatch.setattr(DistillTrainer, "build_model", lambda cfg: pytest.fail("a model is built"))
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"DATASETS.{key}: 'mine': {count} of {count} .* missing, such as {tmp_path}/0",
+    ):
+        DistillTrainer(cfg)
+
+
+def test_image_files_that_may_be_unreadable_may_be_missing(tmp_path):
+    load(coco(tmp_path))
+    break_image(tmp_path / "2.png", "missing")
+    cfg = reading_cfg(1)
+    cfg.DATASETS.TEST = ("mine",)
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    check_data(cfg)
+    cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 0
+    for train in (True, False):
+        with pytest.raises(FileNotFoundError, match="1 of 2 image files looked for are missing"):
+            check_data(cfg, train=train)
 
 
 @pytest.mark.parametrize("how", BROKEN)

@@ -7,7 +7,7 @@ Here: what pycocotools and Detectron2's loader do not do. Not here: what must ho
 import json
 import mmap
 import re
-from typing import Dict, List
+from typing import Any, Dict, List
 
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
@@ -18,6 +18,7 @@ from .coco_checks import (
     check_ids,
     drop_without_segmentation,
     leave_out_segmentations,
+    leaves_folder,
     warn_of_equal_files,
 )
 
@@ -70,20 +71,40 @@ def read_categories(json_file: str) -> List[Dict]:
         ValueError: the file is not JSON or lists no categories, their ids are no integers or
             their names no text.
     """
-    with open(PathManager.get_local_path(json_file), "rb") as file:
-        content = file.read(1) and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        starts = [match.end() for match in re.finditer(rb'"categories"\s*:\s*', content)]
-        # A key inside a string would have escaped quotes; a second match is a nested key.
-        categories = _decode_list(content, starts[0]) if len(starts) == 1 else None
-        if categories is None:
-            whole = json.loads(content[:])
-            categories = whole.get("categories") if isinstance(whole, dict) else None
+    categories = _read_list(json_file, "categories")
     is_list = isinstance(categories, list) and bool(categories)
     if not is_list or not all(isinstance(c, dict) and {"id", "name"} <= set(c) for c in categories):
         raise ValueError('a COCO JSON needs "categories": [{"id": ..., "name": ...}, ...]')
     check_ids(categories, "categories")
     check_class_names(categories)
     return sorted(categories, key=lambda category: category["id"])
+
+
+def read_file_names(json_file: str) -> List[str]:
+    """The file names of the "images" of a COCO JSON, without parsing its annotations.
+
+    What is not as it should be is passed over: the whole file is checked when it is loaded.
+    """
+    try:
+        images = _read_list(json_file, "images")
+    except ValueError:  # not JSON
+        return []
+    images = images if isinstance(images, list) else []
+    names = [image.get("file_name") for image in images if isinstance(image, dict)]
+    return [name for name in names if not leaves_folder(name)]
+
+
+def _read_list(json_file: str, key: str) -> Any:
+    """The value of a key of a JSON file; None where it has none."""
+    with open(PathManager.get_local_path(json_file), "rb") as file:
+        content = file.read(1) and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        starts = [match.end() for match in re.finditer(rb'"%s"\s*:\s*' % key.encode(), content)]
+        # A key inside a string would have escaped quotes; a second match is a nested key.
+        found = _decode_list(content, starts[0]) if len(starts) == 1 else None
+        if found is None:
+            whole = json.loads(content[:])
+            found = whole.get(key) if isinstance(whole, dict) else None
+    return found
 
 
 def _decode_list(content, start: int):

@@ -1,13 +1,15 @@
 """What must hold of the datasets that a config names, before anything is trained or evaluated.
 
 Here: names that are registered, class lists that agree with each other, with the detector and with
-the teacher, test sets with images. A mistake found by these takes seconds; most of them would
-otherwise end a run at its first evaluation, or end none and falsify its results. Not here: the
-content of a file of annotations (`coco_checks`, `voc`).
+the teacher, test sets with images, image files that are there. A mistake found by these takes
+seconds; most of them would otherwise end a run at its first evaluation, or end none and falsify its
+results. Not here: the content of a file of annotations (`coco_checks`, `voc`).
 """
 
 import difflib
 import logging
+import math
+import os
 from collections.abc import Sized
 from itertools import zip_longest
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -20,10 +22,13 @@ from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 
 from .class_names import class_names
+from .coco_files import read_file_names
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
+#: Image files of a dataset that are looked for before a run; a second, where a look takes 0.5 ms.
+FILES_LOOKED_FOR = 2000
 
 
 def check_data(cfg: CfgNode, *, train: bool = True) -> None:
@@ -31,7 +36,7 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> None:
 
     Reads every test set once, so that an error in its annotations ends the run here and not at the
     first evaluation; one of COCO val's size takes two seconds. Training sets are not read: the
-    training loader is about to do it.
+    training loader is about to do it. Of the image files of either, some are looked for.
 
     Args:
         cfg: a complete config whose datasets are registered.
@@ -41,11 +46,13 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> None:
     Raises:
         ValueError: a name is not registered, class lists differ, the detector has fewer classes
             than the data, or a test set is empty or wrong in itself.
-        FileNotFoundError: a test set lacks a file of annotations.
+        FileNotFoundError: a test set lacks a file of annotations; or more image files are missing
+            than DATALOADER.MAX_UNREADABLE_IMAGES.
     """
-    for key in ("TRAIN", "TEST") if train else ("TEST",):
-        for name in cfg.DATASETS[key]:
-            check_registered(name, f"DATASETS.{key}")
+    keys = ("TRAIN", "TEST") if train else ("TEST",)
+    used = [(name, f"DATASETS.{key}") for key in keys for name in cfg.DATASETS[key]]
+    for name, key in used:
+        check_registered(name, key)
     for name in cfg.DATASETS.TEST if train else ():
         records = DatasetCatalog.get(name)
         if isinstance(records, Sized):  # an iterable dataset does not know its length
@@ -54,6 +61,8 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> None:
                 require_integer_ids([record.get("image_id") for record in records], name)
     check_classes(cfg)
     check_num_classes(cfg)
+    for name, key in used:
+        require_image_files(name, key, most=cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
 
 
 def check_registered(name: str, key: str) -> None:
@@ -71,6 +80,32 @@ def require_images(count: int, name: str) -> None:
     """Raise a ValueError where a test set has no images."""
     if not count:
         raise ValueError(f"DATASETS.TEST: '{name}' has no images to evaluate on")
+
+
+def require_image_files(name: str, key: str, *, most: int) -> None:
+    """Look for image files of a COCO dataset: at most `FILES_LOOKED_FOR`, evenly spaced.
+
+    A wrong folder would otherwise end a run at its first evaluation. VOC folders are listed when
+    they are loaded; of other kinds of datasets it is not known what their file names mean.
+
+    Raises:
+        FileNotFoundError: more than `most` are missing.
+    """
+    metadata = MetadataCatalog.get(name)
+    json_file, folder = metadata.get("json_file"), metadata.get("image_root")
+    if metadata.get("evaluator_type") != "coco" or not json_file or not folder:
+        return
+    if "://" in folder:  # on a server, where each look may take long
+        return
+    names = read_file_names(json_file)
+    names = names[:: math.ceil(len(names) / FILES_LOOKED_FOR) or 1]
+    files = [os.path.join(folder, name) for name in names]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if len(missing) > most:
+        raise FileNotFoundError(
+            f"{key}: '{name}': {len(missing)} of {len(files)} image files looked for are missing, "
+            f"such as {missing[0]}; DATALOADER.MAX_UNREADABLE_IMAGES is {most}."
+        )
 
 
 def require_integer_ids(ids: Sequence, name: str) -> None:
