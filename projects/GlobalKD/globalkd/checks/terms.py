@@ -57,8 +57,10 @@ def measure_terms(model: nn.Module, batch: List[dict]) -> StepTerms:
     """
     distiller = model.distiller
     model.train()
-    with _at_full_weight(distiller), record_outputs({"backbone": model.backbone}) as recorded:
-        losses = model(batch)
+    with _at_full_weight(distiller):
+        distiller.prepare(model, LATE)  # whose passes of the backbone are not the step's
+        with record_outputs({"backbone": model.backbone}) as recorded:
+            losses = model(batch)
     names = [name for loss in distiller.losses.values() for name in loss.weights]
     terms = {name: losses.pop(name) for name in names}
     detection = sum(losses.values())
