@@ -1,11 +1,14 @@
 """Checkpoints are whole or not there, and say what is wrong with them."""
 
+import logging
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.engine import HookBase, TrainerBase
+from detectron2.utils import comm
 from torch import nn
 
 from globalkd.engine.checkpoint import AtomicCheckpointer
@@ -89,19 +92,22 @@ def test_a_distiller_of_another_shape_says_what_to_do(tmp_path):
 class Toy(TrainerBase):
     """A trainer of nothing, whose steps are functions."""
 
-    def __init__(self, saver, steps):
+    def __init__(self, saver, steps, *, eval_period=0):
         super().__init__()
         self.steps = steps
         self.checkpointer = saver
         self.run_state = RunState(saver.model, 0)
         self.signals = StopSignals()
-        self.register_hooks([CheckpointSaver(2, self.signals)])
+        self.data_loader = SimpleNamespace(drawn=0)
+        self.register_hooks([CheckpointSaver(2, self.signals, eval_period=eval_period)])
 
     def train(self, *args):
         with self.signals:
             super().train(*args)
 
     def run_step(self):
+        self.steps.get((self.iter, "reading"), lambda: None)()
+        self.data_loader.drawn += 1
         self.steps.get(self.iter, lambda: None)()
 
 
@@ -109,6 +115,66 @@ def test_saved_every_period_and_at_the_end(saver, tmp_path):
     Toy(saver, {}).train(0, 5)
     names = ["good.pth", "last_checkpoint", "model_0000001.pth", "model_0000003.pth"]
     assert sorted(os.listdir(tmp_path)) == [*names, "model_final.pth"]
+
+
+class FailingEvaluation(HookBase):
+    """After the step of one iteration."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def after_step(self):
+        if self.trainer.iter == self.iteration:
+            raise ValueError("evaluation")
+
+
+@pytest.mark.faults
+def test_what_an_evaluation_would_lose_is_saved_before_it_under_one_name(saver, tmp_path, caplog):
+    trainer = Toy(saver, {}, eval_period=5)
+    trainer.register_hooks([FailingEvaluation(4)])
+    with caplog.at_level(logging.ERROR, logger="globalkd"), pytest.raises(ValueError):
+        trainer.train(0, 9)
+    assert resume(saver) == {"iteration": 4}
+    assert (tmp_path / "last_checkpoint").read_text() == "model_last.pth"
+    assert "model_last.pth is its last checkpoint: go on with --resume" in caplog.text
+    Toy(saver, {}, eval_period=5).train(5, 9)  # the next one takes its place
+    assert not (tmp_path / "model_last.pth").exists()
+
+
+def fail():
+    raise ValueError("an image")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("place", "saved"), [((3, "reading"), 2), (3, 1), ((2, "reading"), 1), ((0, "reading"), 4)]
+)
+def test_an_error_before_anything_of_a_step_is_done_loses_no_step(saver, place, saved):
+    """One in the middle of it leaves a state that is none: the last checkpoint counts."""
+    with pytest.raises(ValueError, match="an image"):
+        Toy(saver, {place: fail}).train(0, 9)
+    assert resume(saver) == {"iteration": saved}  # 4: of the checkpoint that was there
+
+
+@pytest.mark.faults
+def test_with_several_processes_an_error_saves_nothing(saver, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather", lambda x: [x])
+    monkeypatch.setattr(comm, "gather", lambda x: [x])
+    with pytest.raises(ValueError, match="an image"):
+        Toy(saver, {(3, "reading"): fail}).train(0, 9)
+    assert resume(saver) == {"iteration": 1}
+
+
+@pytest.mark.faults
+def test_a_full_disk_does_not_hide_the_error_before_it(saver, monkeypatch, caplog):
+    def break_disk():
+        monkeypatch.setattr(saver, "_write", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        fail()
+
+    with pytest.raises(ValueError, match="an image"):
+        Toy(saver, {(3, "reading"): break_disk}).train(0, 9)
+    assert "full" in caplog.text and "model_0000001.pth is its last" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

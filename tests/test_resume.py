@@ -21,6 +21,7 @@ from processes import run_alone, run_in_processes, run_unsupervised
 import globalkd.prototypes.refresh
 from globalkd import add_globalkd_config
 from globalkd.data import register_datasets
+from globalkd.data.resumable_loader import _SeededDataset
 from globalkd.engine.coco_evaluation import FastCOCOEvaluator
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.prototypes import extraction
@@ -133,6 +134,24 @@ def after_saving(trainer, step):
     trainer.checkpointer.tag_last_checkpoint = tag
 
 
+def image_lost(trainer, step):
+    """An image that cannot be read."""
+
+    def get(dataset, item):
+        if trainer.iter == step:
+            raise OSError("lost.png")
+        return original(dataset, item)
+
+    original, _SeededDataset.__getitem__ = _SeededDataset.__getitem__, get
+
+
+def evaluation_broken(trainer, step):
+    def process(*args, **kwargs):
+        raise OSError("lost.png")
+
+    FastCOCOEvaluator.process = process
+
+
 def sigterm_to_all(trainer, step):
     """SIGTERM from elsewhere to this process and its loader workers, as clusters send it."""
     os.setpgrp()
@@ -212,6 +231,28 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(kind, config):
     assert last_checkpoint(part) == "model_0000004.pth"
     assert run_alone(train, part) == (0, "")
     assert differences(final_state(whole), final_state(part)) == []
+
+
+@pytest.mark.faults
+@both
+@pytest.mark.parametrize(("interrupt", "saved"), [(image_lost, 2), (evaluation_broken, 3)])
+def test_an_error_of_an_image_or_an_evaluation_loses_no_step(kind, config, interrupt, saved):
+    """The state is whole and saved, though no checkpoint is due: the end is the same to the bit."""
+    whole = config(kind, "whole")
+    assert run_alone(train, whole) == (0, "")
+    part = config(kind, "part", "SOLVER.CHECKPOINT_PERIOD", 100, "TEST.EVAL_PERIOD", 4)
+    cfg = read(part)
+    cfg.DATASETS.TEST = (cfg.DATASETS.COCO[1][0],)
+    part.write_text(cfg.dump())
+    code, error = run_alone(train, part, interrupt, 3)
+    assert code == 1 and "lost.png" in error
+    assert last_checkpoint(part) == "model_last.pth"
+    assert torch.load(part.with_suffix("") / "model_last.pth")["iteration"] == saved
+    assert run_alone(train, part) == (0, "")
+    expected, found = final_state(whole), final_state(part)
+    for state in (expected, found):
+        del state["run"]["settings"]  # the periods
+    assert differences(expected, found) == []
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,27 @@ def test_a_mapper_of_a_subclass_keeps_the_exact_resume(tiny_cfg, caplog):
     assert all(x["marked"] for x in next(iter(trainer.data_loader)))
 
 
+class TwoBatches(DistillTrainer):
+    """As one that accumulates gradients: a step reads more than one batch."""
+
+    def run_step(self):
+        next(self._trainer._data_loader_iter)
+        super().run_step()
+
+
+def test_a_step_of_several_batches_resumes_behind_all_of_them(tiny_cfg):
+    cfg = tiny_cfg("rcnn", *NARROW, "SOLVER.MAX_ITER", 3, "DATASETS.TEST", (), distill=False)
+    register_datasets(cfg)
+    TwoBatches(cfg).train()
+    trainer = TwoBatches(cfg)
+    stream = iter(trainer.data_loader)
+    expected = [next(stream) for _ in range(7)][6]
+    trainer.resume_or_load(resume=True)
+    found = next(iter(trainer.data_loader))
+    assert [x["image_id"] for x in found] == [x["image_id"] for x in expected]
+    assert all(x["image"].equal(y["image"]) for x, y in zip(found, expected))
+
+
 @pytest.mark.faults
 def test_what_the_training_loader_asserts_is_told_as_it_is(cfg, monkeypatch):
     def refuse(*args, **kwargs):

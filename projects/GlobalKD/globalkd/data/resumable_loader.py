@@ -21,7 +21,11 @@ from ..random_state import IMAGES, isolated_rng, seed_cpu
 
 
 class ResumableLoader:
-    """Detectron2's training loader with batches that follow from the seed and their number."""
+    """Detectron2's training loader with batches that follow from the seed and their number.
+
+    Attributes:
+        drawn: number of batches of the stream before the next one; a step may draw several.
+    """
 
     def __init__(self, build: Callable, seed: int):
         """
@@ -31,6 +35,7 @@ class ResumableLoader:
         """
         self._build = build
         self.seed = seed
+        self._first = self.drawn = 0
         self._loader, self._stream = self._make()
 
     def _make(self):
@@ -53,9 +58,11 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[list]:
         with isolated_rng():
             batches = iter(self._loader)
+        self.drawn = self._first
         while True:
             with isolated_rng():
                 batch = next(batches)
+            self.drawn += 1
             yield batch
 
     def start_at(self, batch: int, seed: Optional[int] = None) -> None:
@@ -68,6 +75,7 @@ class ResumableLoader:
         if seed is not None and seed != self.seed:
             self.seed = seed
             self._loader, self._stream = self._make()
+        self._first = self.drawn = batch
         sampler, size = self._stream.sampler, self._loader.batch_size
         sampler.waiting, sampler.skipped = [], 0
         if isinstance(self._loader, AspectRatioGroupedDataset):

@@ -5,9 +5,12 @@ These hooks do it earlier, outside the timed step, and add what only a trainer c
 """
 
 import logging
+import os
 import signal
+import sys
 import threading
-from typing import Callable
+from contextlib import suppress
+from typing import Callable, Optional
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -18,6 +21,9 @@ from ..random_state import STEPS, seed_all
 from .launching import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
+
+#: The one checkpoint that is written out of turn; the next one in turn takes its place.
+OUT_OF_TURN = "model_last"
 
 
 class PrototypeRefresh(HookBase):
@@ -61,27 +67,38 @@ class StopSignals:
 
 
 class CheckpointSaver(HookBase):
-    """Save periodically, after the last step, and where a signal asks to stop.
+    """Save periodically, before an evaluation, after the last step, and where a run is ended.
 
     A signal lets the running step end; then the state is saved and the process ends with code 128 +
     the signal's number. One process that got the signal is enough. Part of the work of saving is
     done by all processes: each one needs this hook.
+
+    An error where images are read leaves the state of the step before, which is saved, too, if
+    there is one process alone: others would be waiting in the middle of the next step.
     """
 
-    def __init__(self, period: int, signals: StopSignals):
+    def __init__(self, period: int, signals: StopSignals, *, eval_period: int = 0):
         """
         Args:
             period: iterations between two saves; SOLVER.CHECKPOINT_PERIOD.
             signals: the context of the training.
+            eval_period: iterations between two evaluations; 0 for none before the last step.
         """
         self.period = period
         self.signals = signals
+        self.eval_period = eval_period
+        self._saved = -1  # the latest iteration that was saved
+        self._whole: Optional[int] = None  # batches drawn when the latest step was complete
 
     def after_step(self):
         iteration = self.trainer.iter
         asked = max(comm.all_gather(self.signals.asked))
+        evaluated = self.eval_period > 0 and (iteration + 1) % self.eval_period == 0
         if asked or (iteration + 1) % self.period == 0:
             self._save(f"model_{iteration:07d}")
+        elif evaluated and iteration + 1 < self.trainer.max_iter:
+            self._save(OUT_OF_TURN)
+        self._whole = self._batches()
         if iteration + 1 >= self.trainer.max_iter:
             self._save("model_final")
         elif asked:
@@ -92,9 +109,43 @@ class CheckpointSaver(HookBase):
             )
             raise SystemExit(128 + asked)
 
+    def after_train(self):
+        # Called whichever way a training ends; `iter` is max_iter where it has ended by itself.
+        failed = isinstance(sys.exc_info()[1], Exception)
+        if not failed or self.trainer.iter >= self.trainer.max_iter:
+            return
+        untouched = self._whole is not None and self._whole == self._batches()
+        if untouched and self._saved < self.trainer.iter - 1 and comm.get_world_size() == 1:
+            self._save_step_before()
+        last = self.trainer.checkpointer.get_checkpoint_file()
+        if comm.is_main_process():
+            logger.error(
+                f"Training has ended by an error at iteration {self.trainer.iter}. "
+                + (f"{last} is its last checkpoint: go on with --resume." if last else "")
+            )
+
+    def _save_step_before(self):
+        """Save as after the step before, which the state is still that of."""
+        self.trainer.iter -= 1
+        try:
+            self._save(OUT_OF_TURN)
+        except OSError as error:  # the one that ended the training must not get lost
+            logger.error(str(error))
+        finally:
+            self.trainer.iter += 1
+
+    def _batches(self) -> Optional[int]:
+        """How many batches the training has drawn; None where its loader does not count them."""
+        return getattr(getattr(self.trainer, "data_loader", None), "drawn", None)
+
     def _save(self, name: str):
+        checkpointer = self.trainer.checkpointer
         self.trainer.run_state.collect()
-        self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+        checkpointer.save(name, iteration=self.trainer.iter)
+        self._saved = self.trainer.iter
+        if name != OUT_OF_TURN and comm.is_main_process():
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(checkpointer.save_dir, f"{OUT_OF_TURN}.pth"))
 
 
 class NonFiniteCheck(HookBase):

@@ -32,7 +32,7 @@ def check_output(cfg: CfgNode) -> None:
             teacher = teacher_weights(cfg)
     folder, name = os.path.split(teacher)
     same = os.path.realpath(folder) == os.path.realpath(cfg.OUTPUT_DIR)
-    if same and re.fullmatch(r"model_(final|\d+)\.pth", name):
+    if same and re.fullmatch(r"model_(final|last|\d+)\.pth", name):
         raise ValueError(
             f"OUTPUT_DIR ({cfg.OUTPUT_DIR}) is where the teacher's weights lie ({teacher}): the "
             "student's would replace them. Give the run another OUTPUT_DIR."

@@ -11,6 +11,8 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..data.resumable_loader import ResumableLoader
+
 logger = logging.getLogger(__name__)
 
 #: Buffers that are equal in all processes: those of the first one are enough.
@@ -25,21 +27,29 @@ class RunState:
 
     Attributes:
         seed: of the run; once loaded, that of the checkpoint.
+        batches: once loaded, how many batches each process had drawn; None where that is not known.
         goes_on: whether a checkpoint was loaded from whose seed the data and random numbers follow.
         changed: of the settings, those that were others when it was written: key -> value then.
     """
 
     def __init__(
-        self, model: nn.Module, seed: Optional[int], settings: Optional[Dict[str, Any]] = None
+        self,
+        model: nn.Module,
+        seed: Optional[int],
+        settings: Optional[Dict[str, Any]] = None,
+        loader: Optional[ResumableLoader] = None,
     ):
         """
         Args:
             model: the detector, without a wrapper.
             seed: None where steps do not follow from a seed.
             settings: plain values by their keys, to compare at a resume.
+            loader: of the training, whose batches are counted; None where it starts anew.
         """
         self.model = model
+        self.loader = loader
         self.seed = seed
+        self.batches: Optional[int] = None
         self.settings = settings or {}
         self.changed: Dict[str, Any] = {}
         self.goes_on = False
@@ -58,12 +68,17 @@ class RunState:
 
     def state_dict(self) -> dict:
         collected, self._collected = self._collected, []
-        processes = collected or [self._own()]
-        return {"seed": self.seed, "settings": self.settings, "processes": processes}
+        return {
+            "seed": self.seed,
+            "batches": self.loader.drawn if self.loader else None,
+            "settings": self.settings,
+            "processes": collected or [self._own()],
+        }
 
     def load_state_dict(self, state: dict) -> None:
         if self.seed is not None and state["seed"] is not None:
             self.seed, self.goes_on = state["seed"], True
+            self.batches = state.get("batches")  # earlier versions did not count them
         before = state["settings"]
         self.changed = {k: before[k] for k, v in self.settings.items() if before.get(k, v) != v}
         processes, rank = state["processes"], comm.get_rank()

@@ -80,9 +80,10 @@ class DistillTrainer(DefaultTrainer):
         with _own_parts(cfg):
             super().__init__(cfg)
         model = getattr(self.model, "module", self.model)
-        seed = self.data_loader.seed if self._is_exact() else None
+        loader = self.data_loader if self._is_exact() else None
+        seed = loader.seed if loader else None
         settings = {key: _value(cfg, key) for key in (*OF_THE_DATA, *OF_THE_OPTIMIZER)}
-        self.run_state = RunState(model, seed, settings)
+        self.run_state = RunState(model, seed, settings, loader)
         if cfg.DATALOADER.EXACT_RESUME and not self._is_exact():
             logger.warning(
                 f"DATALOADER.EXACT_RESUME has no effect: {type(self).__name__} has a training "
@@ -133,8 +134,9 @@ class DistillTrainer(DefaultTrainer):
         hooks = [h for h in super().build_hooks() if not isinstance(h, PeriodicCheckpointer)]
         # Before the evaluation, as in Detectron2: a checkpoint is there if evaluation fails.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        saver = CheckpointSaver(self.cfg.SOLVER.CHECKPOINT_PERIOD, self.stop_signals)
-        hooks.insert(place, saver)
+        eval_period = self.cfg.TEST.EVAL_PERIOD if self.cfg.DATASETS.TEST else 0
+        period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+        hooks.insert(place, CheckpointSaver(period, self.stop_signals, eval_period=eval_period))
         return [*first, *hooks]
 
     def train(self):
@@ -236,7 +238,9 @@ class DistillTrainer(DefaultTrainer):
                 logger.warning(HOLDS_A_RUN.format(self.cfg.OUTPUT_DIR))
             return
         if self._is_exact():
-            self.data_loader.start_at(self.start_iter, self.run_state.seed)
+            batches = self.run_state.batches
+            batches = self.start_iter if batches is None else batches
+            self.data_loader.start_at(batches, self.run_state.seed)
         changed = self.run_state.changed
         for key, before in changed.items():
             logger.warning(
