@@ -371,7 +371,38 @@ def test_a_resumed_run_is_told_what_has_changed(config, caplog):
     assert "SOLVER.IMS_PER_BATCH is 1; it was 2 when the checkpoint was written." in caplog.text
     assert "SOLVER.BASE_LR is 0.5; it was " in caplog.text
     assert "and the optimizer keeps that" in caplog.text
-    assert "The images are not those of a run without an interruption" in caplog.text
+    assert "SOLVER.MAX_ITER is 2; it was 1 " in caplog.text
+    assert "it is not the run that it would have been uninterrupted" in caplog.text
+
+
+def test_a_resumed_run_is_told_of_another_distillation(config, caplog):
+    path = config("rcnn", "run", "SOLVER.MAX_ITER", 1)
+    train(path)
+    text = path.read_text()
+    cfg = read(path)
+    cfg.MODEL.GLOBALKD.FEATURE.WEIGHT = 3.5
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS = [*cfg.MODEL.GLOBALKD.TEACHER.OPTS, "SEED", 1]
+    cfg.INPUT.MIN_SIZE_TRAIN = (48,)
+    cfg.DATALOADER.NUM_WORKERS = 1  # changes nothing
+    path.write_text(cfg.dump())
+    with caplog.at_level(logging.INFO, logger="globalkd"):
+        DistillTrainer(read(path)).resume_or_load(resume=True)
+    told = [r.message for r in caplog.records if "when the checkpoint was written" in r.message]
+    assert len(told) == 3 and "INPUT.MIN_SIZE_TRAIN is [48]; it was [48, 56, 64] " in told[0]
+    assert any(x.startswith("MODEL.GLOBALKD.FEATURE.WEIGHT is 3.5; it was ") for x in told)
+    assert "as if the run had not been interrupted" not in caplog.text
+    caplog.clear()
+    for name in ("GLOBAL", "RESPONSE", "HINTON", "FITNET", "FGFI", "PFI", "ICD", "CWD", "PKD"):
+        cfg.MODEL.GLOBALKD[name].WEIGHT = 0.125
+    path.write_text(cfg.dump())
+    DistillTrainer(read(path)).resume_or_load(resume=True)
+    told = [r.message for r in caplog.records if "when the checkpoint was written" in r.message]
+    assert len(told) == 10 and "2 more settings have changed" in caplog.text
+    caplog.clear()
+    path.write_text(text)
+    with caplog.at_level(logging.INFO, logger="globalkd"):
+        DistillTrainer(read(path)).resume_or_load(resume=True)
+    assert "as if the run had not been interrupted" in caplog.text
 
 
 def test_detectron2s_own_order_is_there_by_key(config):

@@ -5,9 +5,11 @@ which the data and the random numbers of every step follow, and what each proces
 """
 
 import logging
+from operator import attrgetter
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
@@ -17,6 +19,24 @@ logger = logging.getLogger(__name__)
 
 #: Buffers that are equal in all processes: those of the first one are enough.
 _SHARED = "distiller.bank."
+
+#: The parts of a config from which a run's result follows, and the keys in them that it does not.
+_SETTINGS = ("DATASETS.TRAIN", "SOLVER", "INPUT", "DATALOADER", "MODEL")
+_NO_MATTER = {"SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS"}
+
+
+def settings_of(cfg: CfgNode) -> Dict[str, Any]:
+    """What a resumed run is told of if it has changed: values by their whole keys."""
+    settings = (pair for key in _SETTINGS for pair in _flat(key, attrgetter(key)(cfg)))
+    return {key: value for key, value in settings if key not in _NO_MATTER}
+
+
+def _flat(key: str, value: Any) -> Iterator[Tuple[str, Any]]:
+    if isinstance(value, CfgNode):
+        for name, part in value.items():
+            yield from _flat(f"{key}.{name}", part)
+    else:  # a tuple is a list where it comes from a file
+        yield key, list(value) if isinstance(value, tuple) else value
 
 
 class RunState:

@@ -7,8 +7,7 @@ import logging
 import os
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Callable, Iterator, List, Optional
 from unittest import mock
 
 import torch
@@ -50,15 +49,15 @@ from .run_checks import (
     scale_to_processes,
     warn_of_idle_teacher,
 )
-from .run_state import RunState
+from .run_state import RunState, settings_of
 from .wandb_writer import WandbWriter
 
 logger = logging.getLogger(__name__)
 
-#: What a resumed run is told of if it has changed: what the order of the images follows from, and
-#: what comes from the checkpoint in any case.
-OF_THE_DATA = ("DATASETS.TRAIN", "SOLVER.IMS_PER_BATCH")
+#: What comes from the checkpoint in any case.
 OF_THE_OPTIMIZER = ("SOLVER.BASE_LR", "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY")
+#: Of the settings that a resumed run finds changed, so many are listed.
+_SHOWN = 10
 
 
 class DistillTrainer(DefaultTrainer):
@@ -82,8 +81,7 @@ class DistillTrainer(DefaultTrainer):
         model = getattr(self.model, "module", self.model)
         loader = self.data_loader if self._is_exact() else None
         seed = loader.seed if loader else None
-        settings = {key: _value(cfg, key) for key in (*OF_THE_DATA, *OF_THE_OPTIMIZER)}
-        self.run_state = RunState(model, seed, settings, loader)
+        self.run_state = RunState(model, seed, settings_of(cfg), loader)
         if cfg.DATALOADER.EXACT_RESUME and not self._is_exact():
             logger.warning(
                 f"DATALOADER.EXACT_RESUME has no effect: {type(self).__name__} has a training "
@@ -241,25 +239,24 @@ class DistillTrainer(DefaultTrainer):
             batches = self.run_state.batches
             batches = self.start_iter if batches is None else batches
             self.data_loader.start_at(batches, self.run_state.seed)
-        changed = self.run_state.changed
-        for key, before in changed.items():
-            logger.warning(
-                f"{key} is {_value(self.cfg, key)}; it was {before} when the checkpoint was "
-                f"written{', and the optimizer keeps that' * (key in OF_THE_OPTIMIZER)}."
-            )
-        if self.run_state.goes_on and any(key in changed for key in OF_THE_DATA):
-            how = "The images are not those of a run without an interruption."
-        elif self.run_state.goes_on:
-            how = "Data and random numbers go on as if the run had not been interrupted."
-        else:
+        self._tell_what_changed()
+        if not self.run_state.goes_on:
             how = "The order of the data starts anew: DATALOADER.EXACT_RESUME is or was off."
+        elif self.run_state.changed:
+            how = "With other settings, it is not the run that it would have been uninterrupted."
+        else:
+            how = "Data and random numbers go on as if the run had not been interrupted."
         logger.info(f"Resumed at iteration {self.start_iter}. {how}")
 
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    """A key's value; a tuple as a list, which is what a file gives back."""
-    value = attrgetter(key)(cfg)
-    return list(value) if isinstance(value, tuple) else value
+    def _tell_what_changed(self):
+        changed, settings = self.run_state.changed, self.run_state.settings
+        for key, before in list(changed.items())[:_SHOWN]:
+            logger.warning(
+                f"{key} is {settings[key]}; it was {before} when the checkpoint was "
+                f"written{', and the optimizer keeps that' * (key in OF_THE_OPTIMIZER)}."
+            )
+        if len(changed) > _SHOWN:
+            logger.warning(f"{len(changed) - _SHOWN} more settings have changed since then.")
 
 
 def _is_of_nothing(error: AssertionError) -> bool:
