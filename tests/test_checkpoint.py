@@ -141,6 +141,16 @@ def test_what_an_evaluation_would_lose_is_saved_before_it_under_one_name(saver, 
     assert not (tmp_path / "model_last.pth").exists()
 
 
+@pytest.mark.faults
+def test_an_error_behind_a_step_loses_nothing_of_it(saver):
+    """Such as of a hook that writes a log."""
+    trainer = Toy(saver, {})
+    trainer.register_hooks([FailingEvaluation(2)])
+    with pytest.raises(ValueError):
+        trainer.train(0, 9)
+    assert resume(saver) == {"iteration": 2}
+
+
 def fail():
     raise ValueError("an image")
 

@@ -73,8 +73,8 @@ class CheckpointSaver(HookBase):
     the signal's number. One process that got the signal is enough. Part of the work of saving is
     done by all processes: each one needs this hook.
 
-    An error where images are read leaves the state of the step before, which is saved, too, if
-    there is one process alone: others would be waiting in the middle of the next step.
+    An error between two steps, such as of an image that cannot be read, leaves the state whole. It
+    is saved, too, if there is one process alone: others would wait in the middle of a step.
     """
 
     def __init__(self, period: int, signals: StopSignals, *, eval_period: int = 0):
@@ -87,8 +87,8 @@ class CheckpointSaver(HookBase):
         self.period = period
         self.signals = signals
         self.eval_period = eval_period
-        self._saved = -1  # the latest iteration that was saved
-        self._whole: Optional[int] = None  # batches drawn when the latest step was complete
+        self._saved = self._done = -1  # the latest iteration that was saved, and that is complete
+        self._drawn: Optional[int] = None  # batches that were drawn up to there
 
     def after_step(self):
         iteration = self.trainer.iter
@@ -98,7 +98,7 @@ class CheckpointSaver(HookBase):
             self._save(f"model_{iteration:07d}")
         elif evaluated and iteration + 1 < self.trainer.max_iter:
             self._save(OUT_OF_TURN)
-        self._whole = self._batches()
+        self._done, self._drawn = iteration, self._batches()
         if iteration + 1 >= self.trainer.max_iter:
             self._save("model_final")
         elif asked:
@@ -114,9 +114,9 @@ class CheckpointSaver(HookBase):
         failed = isinstance(sys.exc_info()[1], Exception)
         if not failed or self.trainer.iter >= self.trainer.max_iter:
             return
-        untouched = self._whole is not None and self._whole == self._batches()
-        if untouched and self._saved < self.trainer.iter - 1 and comm.get_world_size() == 1:
-            self._save_step_before()
+        untouched = self._drawn is not None and self._drawn == self._batches()
+        if untouched and self._saved < self._done and comm.get_world_size() == 1:
+            self._save_what_is_done()
         last = self.trainer.checkpointer.get_checkpoint_file()
         if comm.is_main_process():
             logger.error(
@@ -124,15 +124,15 @@ class CheckpointSaver(HookBase):
                 + (f"{last} is its last checkpoint: go on with --resume." if last else "")
             )
 
-    def _save_step_before(self):
-        """Save as after the step before, which the state is still that of."""
-        self.trainer.iter -= 1
+    def _save_what_is_done(self):
+        """Save as after the latest complete step, which the state is still that of."""
+        failed, self.trainer.iter = self.trainer.iter, self._done
         try:
             self._save(OUT_OF_TURN)
         except OSError as error:  # the one that ended the training must not get lost
             logger.error(str(error))
         finally:
-            self.trainer.iter += 1
+            self.trainer.iter = failed
 
     def _batches(self) -> Optional[int]:
         """How many batches the training has drawn; None where its loader does not count them."""
