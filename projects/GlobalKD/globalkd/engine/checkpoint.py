@@ -5,7 +5,6 @@ Not here: what goes into them (`DistillTrainer`) and when they are written (`hoo
 
 import contextlib
 import os
-import shutil
 import zipfile
 from textwrap import shorten
 from typing import Callable, List, Optional
@@ -13,10 +12,14 @@ from typing import Callable, List, Optional
 import torch
 
 from ..safe_loading import SafeCheckpointer
+from .disk import writing
 
 #: What is being written has this name until it is complete. One name: a killed run leaves at most
 #: one such file, and the next save overwrites it.
 _PARTIAL = "checkpoint.partial"
+_ADVICE = (
+    "The checkpoints that were complete before are as they were: make room and go on with --resume."
+)
 
 
 class AtomicCheckpointer(SafeCheckpointer):
@@ -52,20 +55,17 @@ class AtomicCheckpointer(SafeCheckpointer):
     def _write(self, name: str, write: Callable) -> None:
         path, partial = (os.path.join(self.save_dir, x) for x in (name, _PARTIAL))
         try:
-            with open(partial, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            _sync_folder(self.save_dir)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+            with writing(path, _ADVICE):
+                with open(partial, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+                _sync_folder(self.save_dir)
+        except OSError:
             with contextlib.suppress(OSError):
                 os.remove(partial)
-            raise OSError(
-                f"{path} could not be written: {error}. {_free_space(self.save_dir)} free there. "
-                "The checkpoints that were complete before are as they were: make room and go on "
-                "with --resume."
-            ) from error
+            raise
 
     def load(self, path: str, checkpointables: Optional[List[str]] = None):
         """As in Detectron2; `checkpointables` is [] where a run starts from a file.
@@ -113,10 +113,6 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _free_space(folder: str) -> str:
-    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are"
 
 
 def _check_whole(path: str) -> None:
