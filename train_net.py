@@ -23,8 +23,15 @@ from detectron2.utils.logger import setup_logger
 from globalkd import register_datasets
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.data.config_checks import check_data
-from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
+from globalkd.engine.command_line import (
+    add_import_argument,
+    import_modules,
+    user_errors,
+    user_errors_of_a_run,
+)
+from globalkd.engine.disk import full_disk_told
 from globalkd.engine.launching import held_messages, launch
+from globalkd.engine.run_checks import require_output
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.safe_loading import SafeCheckpointer, require_weights
 
@@ -34,12 +41,17 @@ logger = logging.getLogger("globalkd")
 EVALUATED, NEXT = "config_eval.yaml", "config_next.yaml"
 
 
-def setup(args):
-    """Read the configuration and prepare logging, devices and datasets."""
+def read(args):
+    """The configuration, and what was said of it before a run's log is there."""
     with held_messages() as early:
         cfg = load_config(args.config_file, args.opts)
         fall_back_to_cpu(cfg)
     cfg.freeze()
+    return cfg, early
+
+
+def setup(cfg, args, early):
+    """Prepare logging, devices and datasets."""
     other = EVALUATED if args.eval_only else NEXT
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), other):
         default_setup(cfg, args)
@@ -47,7 +59,6 @@ def setup(args):
     for record in early:
         logger.handle(record)
     register_datasets(cfg, names=cfg.DATASETS.TEST if args.eval_only else None)
-    return cfg
 
 
 @contextmanager
@@ -66,8 +77,14 @@ def kept(path, other):
         yield
 
 
-def replace_config(cfg):
-    """What is trained has begun, and config.yaml may tell of it."""
+def replace_config(cfg, trainer):
+    """Let config.yaml tell of a training that is about to begin, if it has a step to do."""
+    if trainer.start_iter >= trainer.max_iter:
+        logger.warning(
+            f"Nothing is left to train: the checkpoint is that of iteration "
+            f"{trainer.start_iter - 1}, and SOLVER.MAX_ITER is {trainer.max_iter}."
+        )
+        return
     path = os.path.join(cfg.OUTPUT_DIR, NEXT)
     if comm.is_main_process() and os.path.isfile(path):
         os.replace(path, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
@@ -75,10 +92,17 @@ def replace_config(cfg):
 
 def evaluate(cfg, args):
     """Evaluate the weights of the configuration on its test datasets."""
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: --eval-only has nothing to evaluate on.")
     check_data(cfg, train=False)
-    if not cfg.MODEL.WEIGHTS and not args.resume:
+    if args.resume:
+        if not os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+            raise ValueError(
+                f"--resume: OUTPUT_DIR ({cfg.OUTPUT_DIR}) has no checkpoint; give MODEL.WEIGHTS."
+            )
+    elif not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: what is evaluated has random weights.")
-    elif not args.resume:
+    else:
         require_weights("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
         trained = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
         if os.path.isfile(trained) and "MODEL.WEIGHTS" not in args.opts:
@@ -96,6 +120,11 @@ def evaluate(cfg, args):
     if checkpointer.unfilled:
         text = checkpointer.describe_unfilled("the detector")
         logger.warning(f"What is evaluated is partly random: MODEL.WEIGHTS {text}.")
+    if checkpointer.incompatible and (unused := checkpointer.unused_of_backbone):
+        logger.warning(
+            f"The weights hold {len(unused)} entries of a backbone for which the detector has no "
+            f"place, such as {unused[0]}: those of a deeper one? What is evaluated lacks them."
+        )
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -104,13 +133,16 @@ def evaluate(cfg, args):
 
 def main(args):
     import_modules(args.imports)
-    cfg = setup(args)
-    if args.eval_only:
-        return evaluate(cfg, args)
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    replace_config(cfg)
-    return trainer.train()
+    cfg, early = read(args)
+    with user_errors_of_a_run(cfg.OUTPUT_DIR), full_disk_told(cfg.OUTPUT_DIR):
+        setup(cfg, args, early)
+        if args.eval_only:
+            return evaluate(cfg, args)
+        trainer = DistillTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        replace_config(cfg, trainer)
+    with full_disk_told(cfg.OUTPUT_DIR):
+        return trainer.train()
 
 
 if __name__ == "__main__":
@@ -121,7 +153,9 @@ if __name__ == "__main__":
     )
     add_import_argument(parser)
     args = parser.parse_args()
+    if not args.config_file:
+        parser.error("--config-file is missing; it names a configuration, such as those in configs")
     with user_errors(parser), held_messages():  # once here, without the traceback of a process
         import_modules(args.imports)
-        load_config(args.config_file, args.opts)
+        require_output(load_config(args.config_file, args.opts))
     launch(main, args, timeout_minutes=args.timeout)

@@ -99,6 +99,23 @@ def nothing_is_built(monkeypatch):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("SOLVER.MAX_ITER", 0, "SOLVER.MAX_ITER is 0; it must be 1 or more"),
+        ("SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD is 0; it must be 1 or more"),
+        ("OUTPUT_DIR", "", "OUTPUT_DIR is empty; it must name a folder"),
+    ],
+)
+def test_a_run_without_steps_checkpoints_or_folder_is_refused(
+    cfg, nothing_is_built, key, value, said
+):
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=said):
+        DistillTrainer(cfg)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("distill", [True, False])
 def test_an_empty_test_set_is_told_before_anything_is_built(
     tiny_cfg, tmp_path, nothing_is_built, distill

@@ -1,11 +1,14 @@
 """Whole runs on tiny detectors: training, checkpoints, resuming, evaluation, export, embedding."""
 
 import copy
+import errno
 import logging
+import os
 import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -18,8 +21,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from globalkd import Distiller, add_globalkd_config
-from globalkd.analysis.runs import load_run, read_config, read_metrics
+from globalkd.analysis.runs import load_run, load_whole, read_config, read_metrics
 from globalkd.data import register_datasets
+from globalkd.engine.disk import full_disk_told
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.export.student import export_student, stock_config
 from globalkd.meta_arch import is_distilled
@@ -162,6 +166,9 @@ def test_train_net_trains_resumes_and_evaluates(tiny_cfg, tmp_path):
     assert f"add MODEL.WEIGHTS {weights}" in _train_net(named, "--eval-only")
     # Where there is no run the evaluation writes one, and keeps that it was a distilled student.
     elsewhere = str(tmp_path / "elsewhere")
+    said = _refused(config, "--eval-only", "--resume", "OUTPUT_DIR", elsewhere)
+    assert f"--resume: OUTPUT_DIR ({elsewhere}) has no checkpoint; give MODEL.WEIGHTS" in said
+    assert "copypaste" in _train_net(config, "--eval-only", "--resume")
     _train_net(config, "--eval-only", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", elsewhere)
     assert is_distilled(read_config(elsewhere))
 
@@ -174,13 +181,66 @@ def test_an_evaluation_checks_its_data_before_it_builds_anything(tiny_cfg, monke
     monkeypatch.setattr(DistillTrainer, "build_model", None)
     with pytest.raises(ValueError, match="DATASETS.TEST names .* which is not registered"):
         train_net.evaluate(cfg, None)
+    cfg.DATASETS.TEST = ()
+    with pytest.raises(ValueError, match="DATASETS.TEST is empty: --eval-only has nothing"):
+        train_net.evaluate(cfg, None)
+
+
+@pytest.mark.faults
+def test_weights_of_a_deeper_backbone_are_told(tiny_cfg, tmp_path, caplog, monkeypatch):
+    deeper = ["MODEL.RESNETS.DEPTH", 34, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    deep, cfg = (tiny_cfg("rcnn", *more, distill=False) for more in (deeper, []))
+    assert cfg.MODEL.RESNETS.DEPTH == 18
+    register_datasets(cfg)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "deep.pth")
+    torch.save({"model": build_model(deep).state_dict()}, cfg.MODEL.WEIGHTS)
+    with pytest.raises(ValueError, match=r"deep.pth holds \d+ entries of a backbone .* deeper one"):
+        load_whole(build_model(cfg), cfg.MODEL.WEIGHTS)
+    monkeypatch.setattr(DistillTrainer, "test", lambda cfg, model: {})
+    train_net.evaluate(cfg, SimpleNamespace(resume=False, opts=[]))
+    assert "entries of a backbone for which the detector has no place" in caplog.text
+
+
+def _run_train_net(*args):
+    command = [sys.executable, str(ROOT / "train_net.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def _train_net(config, *args):
-    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(config), *args]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = _run_train_net("--config-file", str(config), *args)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
+
+
+def _refused(config, *args):
+    """The last line of a run that does not begin."""
+    result = _run_train_net("--config-file", str(config), *args)
+    assert result.returncode == 2 and "Traceback" not in result.stdout + result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.mark.faults
+def test_a_mistake_ends_train_net_in_a_sentence(tiny_cfg, tmp_path):
+    cfg = tiny_cfg("rcnn", distill=False)
+    config = tmp_path / "x.yaml"
+    config.write_text(cfg.dump())
+    said = _refused(config, "DATASETS.TEST", "('nowhere',)")
+    assert said.startswith("train_net.py: DATASETS.TEST names 'nowhere', which is not registered")
+    log = Path(cfg.OUTPUT_DIR, "log.txt").read_text()
+    assert "Traceback" in log and "names 'nowhere'" in log.splitlines()[-1]
+    assert "OUTPUT_DIR is empty; it must name" in _refused(config, "OUTPUT_DIR", "")
+    assert "--config-file is missing" in _run_train_net().stderr.splitlines()[-1]
+
+
+@pytest.mark.faults
+def test_a_full_disk_is_told_with_its_folder(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left.*OUTPUT_DIR \(.*/run\) \d+ MiB are free"),
+        full_disk_told(str(tmp_path / "run")),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(RuntimeError, match="else$"), full_disk_told(str(tmp_path)):
+        raise RuntimeError("something else")
 
 
 FOREIGN = """
@@ -361,9 +421,13 @@ def test_a_refused_start_leaves_a_runs_config_as_it_is(tiny_cfg, tmp_path):
     with pytest.raises(AssertionError, match="NUM_CLASSES is 9"):
         _train_net(config, "MODEL.ROI_HEADS.NUM_CLASSES", "9")
     assert written.read_bytes() == before
-    _train_net(config, "SOLVER.BASE_LR", "0.001")
+    assert "MAX_ITER is 0; it must be 1" in _refused(config, "SOLVER.MAX_ITER", "0")
+    _train_net(config, "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "2")
     assert read_config(cfg.OUTPUT_DIR).SOLVER.BASE_LR == 0.001
     assert not Path(cfg.OUTPUT_DIR, "config_next.yaml").exists()
+    # Nor does a resume that trains nothing replace it.
+    assert "Nothing is left to train: " in _train_net(config, "--resume", "SOLVER.MAX_ITER", "1")
+    assert read_config(cfg.OUTPUT_DIR).SOLVER.MAX_ITER == 2
 
 
 def test_resuming_from_nothing_is_said(tiny_cfg, caplog):

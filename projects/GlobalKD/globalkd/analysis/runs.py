@@ -137,18 +137,23 @@ def load_run(
 def load_whole(model: nn.Module, weights: str, *, allow_pickle: bool = False) -> dict:
     """Load a checkpoint and refuse it unless it fills every entry of the detector.
 
+    One with entries of a backbone that the detector has no place for is refused, too.
+
     Returns:
         What else is in it.
 
     Raises:
-        ValueError: entries stayed as they were; the message names them.
+        ValueError: entries stayed as they were, or were left over; the message names them.
     """
     checkpointer = SafeCheckpointer(model, allow_pickle=allow_pickle)
     extra = checkpointer.load(weights)
+    needed = "The configuration and its overrides must be what the weights were trained with."
     if checkpointer.unfilled:
+        raise ValueError(f"{weights} {checkpointer.describe_unfilled('the detector')}. {needed}")
+    if unused := checkpointer.unused_of_backbone:
         raise ValueError(
-            f"{weights} {checkpointer.describe_unfilled('the detector')}. The configuration and "
-            "its overrides must be what the weights were trained with."
+            f"{weights} holds {len(unused)} entries of a backbone for which the detector has no "
+            f"place, such as {unused[0]}: those of a deeper one? {needed}"
         )
     return extra
 

@@ -8,8 +8,11 @@ import argparse
 import importlib
 import os
 import sys
-from contextlib import contextmanager
+import traceback
+from contextlib import contextmanager, suppress
 from typing import Iterator, Sequence, Type
+
+from detectron2.utils import comm
 
 
 @contextmanager
@@ -23,6 +26,27 @@ def user_errors(parser: argparse.ArgumentParser, *more: Type[Exception]) -> Iter
         yield
     except (OSError, ValueError, *more) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+@contextmanager
+def user_errors_of_a_run(folder: str) -> Iterator[None]:
+    """As `user_errors`, in the process of a run; the traceback goes to its log.txt.
+
+    With several processes the error is passed on: whoever started them tells of it.
+
+    Args:
+        folder: OUTPUT_DIR.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if comm.get_world_size() > 1:
+            raise
+        with suppress(OSError), open(os.path.join(folder, "log.txt"), "a") as log:
+            traceback.print_exc(file=log)
+            print(f"The traceback is in {log.name}.", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def positive(text: str) -> int:

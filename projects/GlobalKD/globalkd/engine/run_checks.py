@@ -23,8 +23,22 @@ HOLDS_A_RUN = (
 )
 
 
+def check_schedule(cfg: CfgNode) -> None:
+    """Raise a ValueError where there is no step to train, or none after which to save."""
+    for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
+        if cfg.SOLVER[key] < 1:
+            raise ValueError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be 1 or more.")
+
+
+def require_output(cfg: CfgNode) -> None:
+    """Raise a ValueError where a run has no folder to write to."""
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR is empty; it must name a folder, such as output/my_run.")
+
+
 def check_output(cfg: CfgNode) -> None:
     """Raise a ValueError where a training would write its checkpoints over its teacher's."""
+    require_output(cfg)
     teacher = ""
     if cfg.MODEL.GLOBALKD.ENABLED:
         # A teacher's config that cannot be read is an error where the teacher is built.

@@ -46,6 +46,7 @@ from .run_checks import (
     HOLDS_A_RUN,
     check_batch,
     check_output,
+    check_schedule,
     scale_to_processes,
     warn_of_idle_teacher,
 )
@@ -70,6 +71,7 @@ class DistillTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         self.stop_signals = StopSignals()
         cfg = scale_to_processes(cfg, comm.get_world_size())
+        check_schedule(cfg)
         check_output(cfg)
         warn_of_idle_teacher(cfg)
         check_data(cfg)  # before anything that takes long
