@@ -30,12 +30,16 @@ grouped_or_not = pytest.mark.parametrize("grouped", [False, True])
 
 def augment(record):
     """Draws from all generators, as augmentations may."""
-    return {**record, "draws": (random.random(), np.random.rand(), torch.rand(()).item())}
+    draws = (random.random(), np.random.rand(), torch.rand(()).item())
+    return {**record, **size(record["id"]), "draws": draws}
 
 
-def make(sampler="plain", *, grouped=True, workers=0, seed=3, batch=4):
-    sizes = [(40, 30) if i % 3 else (30, 40) for i in range(13)]
-    records = [{"id": i, "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+def size(number):
+    return {"width": 40, "height": 30} if number % 3 else {"width": 30, "height": 40}
+
+
+def make(sampler="plain", *, grouped=True, workers=0, seed=3, batch=4, sized=True):
+    records = [{"id": i, **(size(i) if sized else {})} for i in range(13)]
     return ResumableLoader(
         lambda: build_detection_train_loader(
             DatasetFromList(records),
@@ -74,6 +78,16 @@ def test_starting_anywhere_equals_reading_up_to_there(sampler, grouped, start):
     loader = make(sampler, grouped=grouped)
     loader.start_at(start)
     assert take(loader, 6) == whole[start:]
+
+
+def test_images_whose_size_the_mapper_adds_are_found_in_their_groups(caplog):
+    whole = take(make(sized=False), 8)
+    loader = make(sized=False)
+    state = torch.get_rng_state()
+    loader.start_at(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert take(loader, 3) == whole[5:] and len(caplog.records) == 1
+    assert "DATASETS.TRAIN gives images without width and height" in caplog.text
 
 
 @grouped_or_not

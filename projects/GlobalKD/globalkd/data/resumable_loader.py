@@ -6,6 +6,7 @@ from (seed, position), and reading can start after any number of batches. What a
 depend on the number of loader workers.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from typing import Callable, Iterator, List, Optional, Tuple
 
 from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..random_state import IMAGES, isolated_rng, seed_cpu
@@ -161,8 +163,19 @@ class _SeededDataset(Dataset):
         return self.dataset[index]
 
     def is_wide(self, index: int) -> bool:
-        """The group of an image, as `AspectRatioGroupedDataset` tells it, without reading it."""
+        """The group of an image, as `AspectRatioGroupedDataset` tells it.
+
+        Without reading it, if the dataset tells its size.
+        """
         record = self.dataset._dataset[index]
+        if "width" not in record or "height" not in record:
+            log_first_n(
+                logging.WARNING,
+                "DATASETS.TRAIN gives images without width and height: to resume with "
+                "DATALOADER.ASPECT_RATIO_GROUPING, those that were read before are read again.",
+            )
+            with isolated_rng():
+                record = self.dataset[index]  # Detectron2's mapper adds them
         return record["width"] > record["height"]
 
 
