@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from detectron2.modeling import build_model
+from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 
 from globalkd.export import export_student, graphs
 from globalkd.export.comparison import compare
 from globalkd.export.graphs import Detections, detect, write_torchscript
+from globalkd.meta_arch import DistillGeneralizedRCNN
 
 sys.path.insert(0, str(ROOT / "tools"))
 import export_student as export_tool
@@ -219,6 +221,41 @@ def test_weights_that_are_read_back_otherwise_are_not_written(run_folder, tmp_pa
     with pytest.raises(RuntimeError, match="not read back as they were"):
         export_student(str(folder), str(tmp_path / "student.pth"), num_images=0)
     assert not list(tmp_path.glob("student*"))
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("ending", [".pth", ".safetensors", ".ts"])
+def test_a_full_disk_is_told_and_nothing_is_left(run_folder, tmp_path, ending):
+    path = tmp_path / f"student{ending}"
+    Path(f"{path}.partial{ending}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"student\..* could not be written: .*MiB are free there"):
+        export_student(str(run_folder("rcnn")), str(path), num_images=1)
+    assert not list(tmp_path.glob("student*"))
+
+
+class OwnRCNN(GeneralizedRCNN):
+    """A user's own detector."""
+
+
+class DistillOwnRCNN(DistillGeneralizedRCNN, OwnRCNN):
+    """The same with a distiller."""
+
+
+def test_a_detector_of_the_users_own_is_exported_as_what_it_distils(
+    run_folder, tmp_path, monkeypatch
+):
+    folder, path = run_folder("rcnn"), tmp_path / "student.pth"
+    opts = ["MODEL.META_ARCHITECTURE", "DistillOwnRCNN"]
+    with pytest.raises(ValueError, match="'DistillOwnRCNN', which is not registered: --import"):
+        export_student(str(folder), str(path), opts=opts)
+    for architecture, stock in ((DistillOwnRCNN, "GeneralizedRCNN"), (OwnRCNN, "OwnRCNN")):
+        names = {**META_ARCH_REGISTRY._obj_map, architecture.__name__: architecture}
+        monkeypatch.setattr(META_ARCH_REGISTRY, "_obj_map", names)
+        export_student(str(folder), str(path), opts=opts, num_images=1)
+        cfg = get_cfg()
+        cfg.merge_from_file(str(tmp_path / "student_config.yaml"))
+        assert stock == cfg.MODEL.META_ARCHITECTURE
 
 
 def detections(boxes, scores, classes):

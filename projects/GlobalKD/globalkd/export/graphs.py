@@ -19,6 +19,8 @@ from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from torch import Tensor, nn
 
+from ..engine.disk import writing
+
 #: From this version on ONNX's RoiAlign knows Detectron2's half-pixel shift (ROIAlignV2).
 OPSET = 16
 ABOUT = "globalkd.json"
@@ -58,17 +60,19 @@ def write_torchscript(
         The graph as it was read back, as a function like `detect`.
 
     Raises:
+        OSError: it could not be written.
         RuntimeError: the detector cannot be traced.
     """
     adapter = _adapter(model, image)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's, about shapes that Detectron2 handles
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, about shapes that Detectron2 handles
+        try:
             graph = torch.jit.trace(adapter, (image,), check_trace=False)
-            torch.jit.save(graph, path, _extra_files={ABOUT: json.dumps(about)})
-            loaded = torch.jit.load(path)
-    except Exception as error:
-        raise RuntimeError(f"This detector cannot be traced: {error}") from error
+        except Exception as error:
+            raise RuntimeError(f"This detector cannot be traced: {error}") from error
+        with writing(path), open(path, "wb") as file:
+            torch.jit.save(graph, file, _extra_files={ABOUT: json.dumps(about)})
+        loaded = torch.jit.load(path)
     return lambda x: Detections(*loaded(x))
 
 
@@ -112,7 +116,8 @@ def write_onnx(
     graph = onnx.load_model_from_string(content.getvalue())
     onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in about.items()})
     onnx.checker.check_model(graph)
-    onnx.save(graph, path)
+    with writing(path), open(path, "wb") as file:
+        onnx.save(graph, file)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: Detections(
         *map(torch.from_numpy, session.run(list(Detections._fields), {"image": x.numpy()}))

@@ -4,6 +4,7 @@ Here: which formats there are, and the stock configuration beside weights. Not h
 becomes a graph (`graphs`), and the proof that it detects as the run does (`comparison`).
 """
 
+import inspect
 import logging
 import os
 from typing import Callable, Sequence
@@ -11,12 +12,14 @@ from typing import Callable, Sequence
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
-from safetensors.torch import load_file, save_file
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..analysis.runs import load_run, written_config
 from ..config import add_globalkd_config
+from ..engine.disk import writing
+from ..meta_arch import DistillMixin
 from ..safe_loading import SafeCheckpointer
 from . import graphs
 from .comparison import Agreement, compare, comparison_images, none_if_not_here, with_hard_cases
@@ -24,11 +27,6 @@ from .graphs import Detections
 
 logger = logging.getLogger(__name__)
 
-#: Distilling meta-architecture -> the stock one with the same weights.
-STOCK_META_ARCHITECTURES = {
-    "DistillGeneralizedRCNN": "GeneralizedRCNN",
-    "DistillRetinaNet": "RetinaNet",
-}
 WEIGHTS, GRAPHS = (".pth", ".safetensors"), (".ts", ".onnx")
 #: What rounding may change in a graph: pixels of a box's side, and score.
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
@@ -38,13 +36,33 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     """The same detector as the stock meta-architecture, without a key of this project's."""
     cfg = cfg.clone()
     cfg.defrost()
-    name = cfg.MODEL.META_ARCHITECTURE
-    cfg.MODEL.META_ARCHITECTURE = STOCK_META_ARCHITECTURES.get(name, name)
+    cfg.MODEL.META_ARCHITECTURE = stock_architecture(cfg.MODEL.META_ARCHITECTURE)
     stock = get_cfg()
     ours = stock.clone()
     add_globalkd_config(ours)
     _drop_added(cfg, ours, stock)
     return cfg
+
+
+def stock_architecture(name: str) -> str:
+    """The meta-architecture with the same weights and without a distiller.
+
+    Args:
+        name: MODEL.META_ARCHITECTURE; one that does not distil is returned as it is. Of one of the
+            user's own, it is the first class that it inherits from and that is registered.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    registered = {architecture: key for key, architecture in META_ARCH_REGISTRY}
+    if name not in registered.values():
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is {name!r}, which is not registered: --import the module "
+            "that does."
+        )
+    bases = inspect.getmro(META_ARCH_REGISTRY.get(name))
+    plain = (x for x in bases if x in registered and not issubclass(x, DistillMixin))
+    return next((registered[x] for x in plain), name)
 
 
 def _drop_added(cfg: CfgNode, ours: CfgNode, stock: CfgNode) -> None:
@@ -81,6 +99,7 @@ def export_student(
     Raises:
         FileNotFoundError: no such run or checkpoint, or no test image for a graph.
         ImportError: .onnx without the packages `onnx` and `onnxruntime`.
+        OSError: it could not be written.
         RuntimeError: the detections differ, or the detector cannot become a graph; `output` is not
             written.
         ValueError: another ending.
@@ -96,6 +115,7 @@ def export_student(
         opts = [*opts, "MODEL.DEVICE", "cpu"]  # a graph keeps its device
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     cfg = written_config(folder, opts)
+    stock_architecture(cfg.MODEL.META_ARCHITECTURE)  # raises before anything is built
     student = load_run(folder, checkpoint, opts=opts)
     images = comparison_images(cfg, num_images)
     partial = f"{output}.partial{ending}"
@@ -130,10 +150,12 @@ def _write_weights(student: nn.Module, cfg: CfgNode, path: str) -> Callable[[Ten
     cfg.MODEL.DEVICE = str(next(student.parameters()).device)
     stock = build_model(cfg).eval()
     if path.endswith(".pth"):
-        torch.save({"model": state, "__author__": "globalkd"}, path)
+        with writing(path), open(path, "wb") as file:
+            torch.save({"model": state, "__author__": "globalkd"}, file)
         SafeCheckpointer(stock).load(path)
     else:
-        save_file(state, path)
+        with writing(path), open(path, "wb") as file:
+            file.write(save(state))
         stock.load_state_dict(load_file(path), strict=True)
     read = stock.state_dict()
     unequal = set(read) ^ set(state)
@@ -147,7 +169,7 @@ def _write_stock_config(cfg: CfgNode, path: str, weights: str) -> None:
     """What stock Detectron2 builds the student from, on the device that the run names."""
     cfg = stock_config(cfg)
     cfg.MODEL.WEIGHTS = weights
-    with open(path, "w", encoding="utf-8") as file:
+    with writing(path), open(path, "w", encoding="utf-8") as file:
         file.write(cfg.dump())
 
 
