@@ -103,6 +103,20 @@ def data_report(cfg):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_missing_images_are_one_problem_that_hides_none(tiny_cfg, checked, scenes, tmp_path, key):
+    cfg = tiny_cfg("rcnn", "MODEL.WEIGHTS", "nowhere/student.pth", distill=False)
+    json_file = str(scenes / ("train.json" if key == "TRAIN" else "val.json"))
+    name = f"lost_{tmp_path.name}"
+    cfg.DATASETS.COCO = [*cfg.DATASETS.COCO, [name, json_file, str(tmp_path)]]
+    cfg.DATASETS[key] = (name,)
+    report, text = checked(cfg)
+    lost, weights = report.problems
+    assert "image files are missing" in lost and "nowhere/student.pth" in weights
+    assert ("the whole run" in text) == (key == "TEST")
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("most", [2, 3])
 def test_images_that_training_cannot_use_are_a_problem(tiny_cfg, scenes, tmp_path, catalogs, most):
     """Or a warning, where the run is to pass over so many."""
@@ -222,6 +236,9 @@ def test_a_report_leaves_the_loggers_as_they_were():
     report = CheckReport(lambda text: None)
     with report.log_warnings():
         logging.getLogger("fvcore.nn").warning("something")
+        for name in ("detectron2", "d2"):  # as it is after a handler of Detectron2's
+            record = logging.LogRecord(f"{name}.solver.build", 30, "", 0, "late", (), None)
+            logging.getLogger("detectron2").handle(record)
     assert report.warnings == ["something"]
     assert [(x.propagate, list(x.handlers)) for x in loggers] == before
 

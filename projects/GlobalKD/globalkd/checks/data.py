@@ -100,7 +100,8 @@ def _count(label_ids: np.ndarray, labels: List[str]) -> Dict[str, int]:
 def check_datasets(cfg: CfgNode, report: CheckReport, num_gpus: int) -> bool:
     """Read the annotations of all datasets; whether they can be trained on.
 
-    Test sets that cannot be read are taken out of `cfg`: the rest of the check does without them.
+    Test sets that cannot be read, or lack images, are taken out of `cfg`: the rest of the check
+    does without them.
     """
     if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
         report.problem("Datasets: DATASETS.TRAIN and DATASETS.TEST must each name a dataset.")
@@ -114,12 +115,14 @@ def check_datasets(cfg: CfgNode, report: CheckReport, num_gpus: int) -> bool:
             check(cfg)
             fits = True
         usable = usable and fits
+    most = cfg.DATALOADER.MAX_UNREADABLE_IMAGES
     for summary in summaries:
-        _check_dataset(summary, report)
-        check_images(
-            summary.sample, summary.name, report, most=cfg.DATALOADER.MAX_UNREADABLE_IMAGES
-        )
+        _check_dataset(summary, report, most)
+        check_images(summary.sample, summary.name, report, most=most)
     _check_overlap(summaries, cfg, report)
+    lacking = {s.name for s in summaries if len(s.missing) > most}  # a trainer would refuse them
+    usable = usable and not lacking.intersection(cfg.DATASETS.TRAIN)
+    cfg.DATASETS.TEST = tuple(name for name in cfg.DATASETS.TEST if name not in lacking)
     train = [s for s in summaries if s.name in cfg.DATASETS.TRAIN]
     if train:
         images = sum(
@@ -165,10 +168,11 @@ def _summarize_each(cfg: CfgNode, report: CheckReport) -> List[DatasetSummary]:
     return summaries
 
 
-def _check_dataset(summary: DatasetSummary, report: CheckReport) -> None:
+def _check_dataset(summary: DatasetSummary, report: CheckReport, most: int) -> None:
     name = summary.name
     if summary.missing:
-        report.problem(
+        say = report.problem if len(summary.missing) > most else report.warn
+        say(
             f"{name}: {len(summary.missing)} of {summary.images} image files are missing, such as "
             f"{summary.missing[0]}."
         )

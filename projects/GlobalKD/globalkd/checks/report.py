@@ -1,6 +1,7 @@
 """What a check of a configuration collects: text as it comes, warnings, problems."""
 
 import logging
+import re
 from contextlib import contextmanager
 from typing import Callable, Iterator, List, Sequence
 from urllib.error import URLError
@@ -54,7 +55,7 @@ class CheckReport:
         """
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: self.warn(record.getMessage().strip())
-        handler.addFilter(lambda record: not record.name.startswith(SAID_OTHERWISE))
+        handler.addFilter(lambda record: not _is_said_otherwise(record))
         loggers = [logging.getLogger(name) for name in LOGGERS]
         propagate = [logger.propagate for logger in loggers]
         disabled = logging.root.manager.disable
@@ -83,6 +84,12 @@ class CheckReport:
         """Say all warnings and problems."""
         for title, texts in (("Warnings", self.warnings), ("Problems", self.problems)):
             self.section(f"{title}: {len(texts)}", *(f"* {text}" for text in texts))
+
+
+def _is_said_otherwise(record: logging.LogRecord) -> bool:
+    # Where Detectron2's own handler comes first, it has written its short name into the record.
+    name = re.sub(r"^d2\.", "detectron2.", record.name)
+    return name.startswith(SAID_OTHERWISE)
 
 
 def shortened(names: Sequence[str], count: int = 12) -> str:

@@ -111,13 +111,16 @@ def exif_orientation(file: str) -> int:
 
 
 def reading_problem(file: str, error: BaseException) -> str:
-    """What is said of an image of which `error`, one of `UNREADABLE`, was raised."""
-    text = f"{file} cannot be read: {type(error).__name__}: {error}"
+    """What is said of an image of which `error`, such as one of `UNREADABLE`, was raised.
+
+    No full stop ends it.
+    """
+    text = f"{file} cannot be read: {type(error).__name__}: {error}".rstrip(".")
     orientation = exif_orientation(file) if isinstance(error, SizeMismatchError) else 1
     if orientation == 1:
         return text
     return (
-        f"{text} Its EXIF orientation is {orientation}, which Detectron2 applies: annotate the "
+        f"{text}. Its EXIF orientation is {orientation}, which Detectron2 applies: annotate the "
         "turned image, or remove the tag"
     )
 
