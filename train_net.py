@@ -12,10 +12,8 @@ goes on as if nothing had happened.
 
 import logging
 import os
-from contextlib import contextmanager
-from unittest import mock
 
-from detectron2.engine import default_argument_parser, default_setup, defaults
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -32,13 +30,11 @@ from globalkd.engine.command_line import (
 from globalkd.engine.disk import full_disk_told
 from globalkd.engine.launching import held_messages, launch
 from globalkd.engine.run_checks import require_output
+from globalkd.engine.run_config import EVALUATED, NEXT, kept_config, replace_config
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.safe_loading import SafeCheckpointer, require_weights
 
 logger = logging.getLogger("globalkd")
-
-# Beside a config.yaml that is there: of an evaluation; of a training that has not begun.
-EVALUATED, NEXT = "config_eval.yaml", "config_next.yaml"
 
 
 def read(args):
@@ -52,42 +48,12 @@ def read(args):
 
 def setup(cfg, args, early):
     """Prepare logging, devices and datasets."""
-    other = EVALUATED if args.eval_only else NEXT
-    with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), other):
+    with kept_config(cfg.OUTPUT_DIR, EVALUATED if args.eval_only else NEXT):
         default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="globalkd")
     for record in early:
         logger.handle(record)
     register_datasets(cfg, names=cfg.DATASETS.TEST if args.eval_only else None)
-
-
-@contextmanager
-def kept(path, other):
-    """Let Detectron2 write another file where a run's config.yaml tells how it was trained."""
-    if not os.path.isfile(path):
-        yield
-        return
-    original = defaults.PathManager.open
-
-    def beside(name, *args, **kwargs):
-        name = os.path.join(os.path.dirname(path), other) if name == path else name
-        return original(name, *args, **kwargs)
-
-    with mock.patch.object(defaults.PathManager, "open", beside):
-        yield
-
-
-def replace_config(cfg, trainer):
-    """Let config.yaml tell of a training that is about to begin, if it has a step to do."""
-    if trainer.start_iter >= trainer.max_iter:
-        logger.warning(
-            f"Nothing is left to train: the checkpoint is that of iteration "
-            f"{trainer.start_iter - 1}, and SOLVER.MAX_ITER is {trainer.max_iter}."
-        )
-        return
-    path = os.path.join(cfg.OUTPUT_DIR, NEXT)
-    if comm.is_main_process() and os.path.isfile(path):
-        os.replace(path, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
 
 
 def evaluate(cfg, args):
@@ -140,7 +106,7 @@ def main(args):
             return evaluate(cfg, args)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        replace_config(cfg, trainer)
+        replace_config(trainer)
     with full_disk_told(cfg.OUTPUT_DIR):
         return trainer.train()
 

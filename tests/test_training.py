@@ -24,6 +24,7 @@ from globalkd import Distiller, add_globalkd_config
 from globalkd.analysis.runs import load_run, load_whole, read_config, read_metrics
 from globalkd.data import register_datasets
 from globalkd.engine.disk import full_disk_told
+from globalkd.engine.run_config import EVALUATED, kept_config
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.export.student import export_student, stock_config
 from globalkd.meta_arch import is_distilled
@@ -460,8 +461,8 @@ def test_resuming_without_the_distillers_state_is_said(forgotten, tiny_cfg, capl
 def test_evaluations_side_by_side_leave_the_runs_configuration(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("of the run")
-    kept = (str(path), train_net.EVALUATED)
-    with train_net.kept(*kept), train_net.kept(*kept):
+    kept = (str(tmp_path), EVALUATED)
+    with kept_config(*kept), kept_config(*kept):
         with defaults.PathManager.open(str(path), "w") as file:
             file.write("of the evaluation")
         assert path.read_text() == "of the run"
