@@ -95,8 +95,8 @@ def _removed_boxes(dataset: str) -> Dict:
     path = MetadataCatalog.get(dataset).get("json_file")
     removed = defaultdict(list)
     if path:
-        with PathManager.open(path) as stream:
-            planted = json.load(stream).get("info", {}).get("planted_errors", [])
+        with PathManager.open(path, "rb") as stream:
+            planted = json.loads(stream.read()).get("info", {}).get("planted_errors", [])
         for annotation in planted:
             if annotation["planted_error"] == "missing":
                 box = BoxMode.convert(annotation["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)

@@ -50,8 +50,8 @@ def plant_errors(
     shares = (label_share, box_share, missing_share)
     if min(shares) < 0 or sum(shares) > 1:
         raise ValueError(f"the shares must be 0 or more and at most 1 together; got {shares}")
-    with PathManager.open(str(json_file)) as stream:
-        content = json.load(stream)
+    with PathManager.open(str(json_file), "rb") as stream:  # bytes may begin with a BOM
+        content = json.loads(stream.read())
     classes = sorted(category["id"] for category in content["categories"])
     if label_share > 0 and len(classes) < 2:
         raise ValueError(f"{json_file} has one class: no label can be wrong; set label_share 0")
