@@ -38,8 +38,9 @@ def main():
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
     )
     args = parser.parse_args()
-    with user_errors(parser, ImportError, RuntimeError):
+    with user_errors(parser):
         import_modules(args.imports)
+    with user_errors(parser, ImportError, RuntimeError):
         agreement = export_student(
             args.run,
             args.output,

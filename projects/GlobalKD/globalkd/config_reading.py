@@ -12,7 +12,7 @@ import math
 import os
 import re
 from operator import attrgetter
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
@@ -25,8 +25,6 @@ from .config import add_globalkd_config
 
 logger = logging.getLogger(__name__)
 
-#: The meta-architectures of this package, which may be registered later.
-DISTILLING = ("DistillGeneralizedRCNN", "DistillRetinaNet")
 _ZOO = os.path.realpath(os.path.join(os.path.dirname(model_zoo.__file__), "configs"))
 
 
@@ -103,7 +101,7 @@ class _SafeCfgNode(CfgNode):
 
     def merge_from_list(self, cfg_list):
         cfg_list = list(cfg_list)
-        floats = {key for key, value in _leaves(self) if isinstance(value, float)}
+        floats = {key for key, value in leaves(self) if isinstance(value, float)}
         for i in range(0, len(cfg_list) - 1, 2):
             if cfg_list[i] in floats and re.fullmatch(r"[+-]?\d+", str(cfg_list[i + 1])):
                 cfg_list[i + 1] = f"{cfg_list[i + 1]}.0"
@@ -189,19 +187,20 @@ def _kind(cfg: CfgNode, key: str) -> str:
 
 def _nearest(cfg: CfgNode, key: str) -> str:
     """A question that names the nearest keys; empty where none is near."""
-    known = [name for name in dict(_leaves(cfg)) if name != key]
+    known = [name for name in dict(leaves(cfg)) if name != key]
     found = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
     if not found:
-        leaves = {name.rpartition(".")[2] for name in known}
-        near = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.8)
+        ends = {name.rpartition(".")[2] for name in known}
+        near = difflib.get_close_matches(key.rpartition(".")[2], ends, n=1, cutoff=0.8)
         found = [name for name in known if name.rpartition(".")[2] in near]
     return f" Did you mean {' or '.join(found[:4])}?" if found else ""
 
 
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, object]]:
+def leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """The keys below a node with their values; `prefix` stands before each, "MODEL." for one."""
     for name, value in node.items():
         if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -214,7 +213,7 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         ValueError: the message names the key, the value and what would be right.
     """
-    for key, value in _leaves(cfg.MODEL.GLOBALKD, "MODEL.GLOBALKD."):
+    for key, value in leaves(cfg.MODEL.GLOBALKD, "MODEL.GLOBALKD."):
         values = value if isinstance(value, (list, tuple)) else [value]
         numbers = [x for x in values if isinstance(x, (int, float))]
         if key != "MODEL.GLOBALKD.TEACHER.OPTS" and not all(0 <= x < math.inf for x in numbers):
@@ -243,8 +242,8 @@ def check_config(cfg: CfgNode) -> None:
 def _check_architecture(name: str) -> None:
     """A name of none that is registered, but near to one."""
     known = [registered for registered, _ in META_ARCH_REGISTRY]
-    near = difflib.get_close_matches(name, [*known, *DISTILLING], n=1, cutoff=0.8)
-    if near and name not in (*known, *DISTILLING):
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if near and name not in known:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE is {name!r}, which is not registered. Did you mean "
             f"{near[0]!r}? One of your own needs its module to be imported."

@@ -180,7 +180,11 @@ def align_levels(
 
 
 def _check_cover(
-    features: Tensor, pair: LevelPair, owner: str, image_sizes: Sequence[Tuple[int, int]], scale=1.0
+    features: Tensor,
+    pair: LevelPair,
+    owner: str,
+    image_sizes: Sequence[Tuple[int, int]],
+    scale: float = 1.0,
 ) -> None:
     height, width = (max(size) for size in zip(*image_sizes))
     if len(features) != len(image_sizes):

@@ -7,7 +7,7 @@ whose boxes are kept. Not here: boxes without area inside their image, which are
 
 import logging
 import os
-from collections import Counter
+from collections import defaultdict
 from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -128,12 +128,10 @@ def check_class_names(categories: List[dict]) -> None:
 
 def warn_of_equal_names(categories: List[dict], name: str) -> None:
     """Warn where categories share a name: labels stay apart, and results by class do not."""
-    counts = Counter(category["name"] for category in categories)
-    twice = [label for label, count in counts.items() if count > 1]
-    if twice:
-        ids = [category["id"] for category in categories if category["name"] == twice[0]]
+    if shared := _shared(categories, "name"):
+        first, ids = next(iter(shared.items()))
         logger.warning(
-            f"{name}: {len(twice)} names stand for several categories, such as '{twice[0]}' for "
+            f"{name}: {len(shared)} names stand for several categories, such as '{first}' for "
             f"those of ids {', '.join(map(str, ids))}; they are trained apart, and of their AP "
             "only one is reported"
         )
@@ -141,14 +139,20 @@ def warn_of_equal_names(categories: List[dict], name: str) -> None:
 
 def warn_of_equal_files(images: List[dict], name: str) -> None:
     """Warn where a file has several ids: in each, the objects of the others are not annotated."""
-    counts = Counter(image["file_name"] for image in images)
-    twice = [file for file, count in counts.items() if count > 1]
-    if twice:
-        ids = [image["id"] for image in images if image["file_name"] == twice[0]]
+    if shared := _shared(images, "file_name"):
+        first, ids = next(iter(shared.items()))
         logger.warning(
-            f"{name}: {len(twice)} image files have several ids, such as {twice[0]} with "
+            f"{name}: {len(shared)} image files have several ids, such as {first} with "
             f"{', '.join(map(str, ids))}; each is an image of its own, without the others' boxes"
         )
+
+
+def _shared(rows: List[dict], key: str) -> Dict[Any, List]:
+    """Values of a key that several rows have -> their ids, in the order of the table."""
+    ids = defaultdict(list)
+    for row in rows:
+        ids[row[key]].append(row["id"])
+    return {value: own for value, own in ids.items() if len(own) > 1}
 
 
 def check_crowds(annotations: List[dict]) -> None:

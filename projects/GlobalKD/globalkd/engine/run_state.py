@@ -5,7 +5,6 @@ which the data and the random numbers of every step follow, and what each proces
 """
 
 import logging
-from operator import attrgetter
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -13,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..config_reading import leaves
 from ..data.resumable_loader import ResumableLoader
 
 logger = logging.getLogger(__name__)
@@ -20,23 +20,19 @@ logger = logging.getLogger(__name__)
 #: Buffers that are equal in all processes: those of the first one are enough.
 _SHARED = "distiller.bank."
 
-#: The parts of a config from which a run's result follows, and the keys in them that it does not.
-_SETTINGS = ("DATASETS.TRAIN", "SOLVER", "INPUT", "DATALOADER", "MODEL")
+#: The groups of a config from which a run's result follows, and the keys in them that it does not.
+_SETTINGS = ("SOLVER", "INPUT", "DATALOADER", "MODEL")
 _NO_MATTER = {"SOLVER.CHECKPOINT_PERIOD", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS"}
 
 
 def settings_of(cfg: CfgNode) -> Dict[str, Any]:
     """What a resumed run is told of if it has changed: values by their whole keys."""
-    settings = (pair for key in _SETTINGS for pair in _flat(key, attrgetter(key)(cfg)))
-    return {key: value for key, value in settings if key not in _NO_MATTER}
-
-
-def _flat(key: str, value: Any) -> Iterator[Tuple[str, Any]]:
-    if isinstance(value, CfgNode):
-        for name, part in value.items():
-            yield from _flat(f"{key}.{name}", part)
-    else:  # a tuple is a list where it comes from a file
-        yield key, list(value) if isinstance(value, tuple) else value
+    settings = {"DATASETS.TRAIN": cfg.DATASETS.TRAIN}
+    for group in _SETTINGS:
+        settings.update(leaves(cfg[group], f"{group}."))
+    # A tuple is a list where it comes from a file.
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    return {key: value for key, value in plain.items() if key not in _NO_MATTER}
 
 
 class RunState:
@@ -98,8 +94,8 @@ class RunState:
     def load_state_dict(self, state: dict) -> None:
         if self.seed is not None and state["seed"] is not None:
             self.seed, self.goes_on = state["seed"], True
-            self.batches = state.get("batches")  # earlier versions did not count them
-        before = state["settings"]
+            self.batches = state.get("batches")
+        before = state.get("settings", {})  # checkpoints of earlier commits may lack both
         self.changed = {k: before[k] for k, v in self.settings.items() if before.get(k, v) != v}
         processes, rank = state["processes"], comm.get_rank()
         if len(processes) != comm.get_world_size():
