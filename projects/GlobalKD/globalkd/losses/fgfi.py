@@ -66,8 +66,8 @@ class FGFI(DistillLoss):
     """`loss_kd_fgfi`: (1 / 2 N_p) sum I |f(S) - T|^2 over the cells I near annotated objects.
 
     f is a 3x3 convolution and a ReLU on each level, as in the authors' code, whose map is not
-    negative; mean over levels. (Maps of an FPN are signed, but the ReLU does no clear harm: on
-    digit scenes, one seed, 51.3 AP with it and 49.3 without; ten times as strong, 31.9 and 34.2.)
+    negative; mean over levels. (Maps of an FPN are signed, but the ReLU does no clear harm:
+    docs/tuning.md.)
 
     Defaults: psi = 0.5 as in the paper. Its weight 0.01 is of a sum over channels; ours is of a
     mean, and 0.01 x 256 channels = 2.56. The authors' code leaves the term out of the first 400
