@@ -118,6 +118,10 @@ OVERRIDES = {
     "flag among the pairs": (["SEED", "1", "--resume"], "--resume stands among the KEY VALUE"),
     "last step": (["SOLVER.STEPS", "(9,)", "SOLVER.MAX_ITER", "9"], r"STEPS \(9,\) contains SOL"),
     "misspelt": ([KD + "GLOBAL.WEIHGT", "1.0"], r"Did you mean MODEL\.GLOBALKD\.GLOBAL\.WEIGHT\?"),
+    "of no such name": (
+        [KD + "TEACHER.CHECKPOINT", "x"],
+        r"TEACHER are CONFIG_FILE, WEIGHTS, OPTS,",
+    ),
     "odd number": ([KD + "GLOBAL.WEIGHT"], "list of pairs"),
     "NaN": ([KD + "GLOBAL.WEIGHT", "nan"], "GLOBAL.WEIGHT is nan; it must be a float"),
     "infinite": ([KD + "GLOBAL.WEIGHT", "1e999"], "WEIGHT is inf; .*0 or more and finite"),

@@ -41,8 +41,8 @@ def size(number):
 def make(sampler="plain", *, grouped=True, workers=0, seed=3, batch=4, sized=True):
     records = [{"id": i, **(size(i) if sized else {})} for i in range(13)]
     return ResumableLoader(
-        lambda: build_detection_train_loader(
-            DatasetFromList(records),
+        lambda known: build_detection_train_loader(
+            DatasetFromList(records) if known is None else known,
             mapper=augment,
             sampler=SAMPLERS[sampler](),
             total_batch_size=batch,
@@ -159,7 +159,7 @@ def test_a_dataset_without_index_names_the_key():
 
     with pytest.raises(ValueError, match="EXACT_RESUME False"):
         ResumableLoader(
-            lambda: build_detection_train_loader(
+            lambda _: build_detection_train_loader(
                 Endless(), mapper=augment, total_batch_size=1, aspect_ratio_grouping=False
             ),
             0,

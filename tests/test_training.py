@@ -11,11 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import KINDS, ROOT, scene_datasets
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor, defaults
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -28,6 +30,7 @@ from globalkd.engine.run_config import EVALUATED, kept_config
 from globalkd.engine.trainer import DistillTrainer
 from globalkd.export.student import export_student, stock_config
 from globalkd.meta_arch import is_distilled
+from globalkd.prototypes.refresh import PrototypeRefresher
 
 sys.path.insert(0, str(ROOT))
 import train_net
@@ -135,6 +138,31 @@ def test_prototypes_are_refreshed_every_fraction_of_an_epoch(tiny_cfg):
     refresher.refresh = lambda *a, **k: (calls.append(trainer.iter), original(*a, **k))[1]
     trainer.train()
     assert calls == [0, 3, 6]
+
+
+def test_annotations_are_read_once_in_a_start_or_a_resume(tiny_cfg, monkeypatch):
+    """They may be gigabytes: neither the pass for prototypes nor the right seed repeats it."""
+    read = []
+
+    def load(entry):
+        read.append(entry)
+        return load_coco(entry)
+
+    load_coco = DatasetCatalog.get
+    monkeypatch.setattr(DatasetCatalog, "get", load)
+    cfg = tiny_cfg("rcnn", "SEED", -1, "DATASETS.TEST", ())
+    trainer = run(cfg)
+    once = list(cfg.DATASETS.TRAIN)
+    assert read == once
+    own = trainer.distiller.refresher
+    cfg.SOLVER.MAX_ITER = 24  # of six an epoch: with refreshes
+    resumed = run(cfg, resume=True)
+    assert resumed.start_iter == 4 and resumed.data_loader.seed == trainer.data_loader.seed
+    assert read == 2 * once
+    by_itself = PrototypeRefresher(cfg)
+    assert by_itself.epoch_iters == own.epoch_iters
+    for expected, found in zip(by_itself.records, own.records, strict=True):
+        np.testing.assert_equal(found, expected)
 
 
 def test_the_teacher_is_evaluated_before_the_first_step_if_asked(tiny_cfg, caplog):

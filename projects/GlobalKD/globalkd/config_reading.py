@@ -186,14 +186,21 @@ def _kind(cfg: CfgNode, key: str) -> str:
 
 
 def _nearest(cfg: CfgNode, key: str) -> str:
-    """A question that names the nearest keys; empty where none is near."""
-    known = [name for name in dict(leaves(cfg)) if name != key]
-    found = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+    """A question that names the nearest keys, or else what the key's group has; "" without one."""
+    known = [name.rpartition(".")[::2] for name in dict(leaves(cfg)) if name != key]
+    group, _, name = key.rpartition(".")
+    siblings = [other for where, other in known if where == group]
+    if siblings:
+        near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+        found = [f"{group}.{other}" for other in near]
+    else:
+        found = difflib.get_close_matches(key, map(".".join, known), n=1, cutoff=0.85)
     if not found:
-        ends = {name.rpartition(".")[2] for name in known}
-        near = difflib.get_close_matches(key.rpartition(".")[2], ends, n=1, cutoff=0.8)
-        found = [name for name in known if name.rpartition(".")[2] in near]
-    return f" Did you mean {' or '.join(found[:4])}?" if found else ""
+        near = difflib.get_close_matches(name, {other for _, other in known}, n=1, cutoff=0.8)
+        found = [f"{where}.{other}" for where, other in known if other in near]
+    if found:
+        return f" Did you mean {' or '.join(found[:4])}?"
+    return f" Those of {group} are {', '.join(siblings)}." if siblings else ""
 
 
 def leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:

@@ -22,6 +22,7 @@ from detectron2.utils.file_io import PathManager
 
 from .coco_checks import warn_of_equal_names
 from .coco_files import CheckedCOCO, read_categories
+from .garbage_collection import paused_collection
 from .voc import load_voc_folder, split_file
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def _register_coco(entry: Sequence[str], *, masks: bool) -> None:
     DatasetCatalog.register(name, partial(_load_coco, name, json_file, image_root, masks))
 
 
+@paused_collection()
 def _load_coco(name: str, json_file: str, image_root: str, masks: bool) -> List[Dict]:
     reader = partial(CheckedCOCO, name=name, masks=masks)
     try:
@@ -158,6 +160,7 @@ def _register_voc(entry: Sequence) -> None:
     DatasetCatalog.register(name, partial(_load_voc, name, folder, split, classes))
 
 
+@paused_collection()
 def _load_voc(name: str, folder: str, split: str, class_names: Sequence[str]) -> List[Dict]:
     return drop_empty_boxes(load_voc_folder(folder, split, class_names), name)
 
@@ -210,6 +213,8 @@ def make_coordinates_floats(records: List[Dict]) -> None:
 
 def _as_floats(numbers: List) -> List:
     """Floats for integers; a list with a float in it becomes an array of floats in any case."""
+    if numbers and isinstance(numbers[0], float):  # the usual case, in which nothing is looked at
+        return numbers
     return list(map(float, numbers)) if all(isinstance(x, int) for x in numbers) else numbers
 
 
@@ -225,17 +230,18 @@ def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
     Returns:
         `records`. Images stay, also those that lose their last box.
     """
-    annotations = [(record, a) for record in records for a in record["annotations"]]
-    boxes = np.array([a["bbox"] for _, a in annotations], dtype=np.float64).reshape(-1, 4)
-    sizes = np.array([(r["width"], r["height"]) for r, _ in annotations]).reshape(-1, 2)
-    is_xywh = [a["bbox_mode"] == BoxMode.XYWH_ABS for _, a in annotations]
+    annotations = [a for record in records for a in record["annotations"]]
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    counts = np.array([len(record["annotations"]) for record in records], dtype=np.int64)
+    image_ids = np.repeat(np.arange(len(records)), counts)
+    sizes = np.array([(r["width"], r["height"]) for r in records]).reshape(-1, 2)[image_ids]
+    is_xywh = [a["bbox_mode"] == BoxMode.XYWH_ABS for a in annotations]
     boxes[is_xywh, 2:] += boxes[is_xywh, :2]
     inside = np.minimum(boxes[:, 2:], sizes) > np.maximum(boxes[:, :2], 0)
     lost = ~(inside.all(axis=1) & np.isfinite(boxes).all(axis=1))
     beyond = np.maximum(-boxes[:, :2], boxes[:, 2:] - sizes).max(axis=1, initial=0) > 1
     dropped, reaching = (
-        [record["file_name"] for (record, _), x in zip(annotations, rows) if x]
-        for rows in (lost, beyond & ~lost)
+        [records[i]["file_name"] for i in image_ids[rows]] for rows in (lost, beyond & ~lost)
     )
     lost = iter(lost)
     for record in records if dropped else ():

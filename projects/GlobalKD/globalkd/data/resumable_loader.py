@@ -12,7 +12,7 @@ import signal
 import threading
 from functools import partial
 from itertools import count, islice
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
 from detectron2.utils import comm
@@ -32,18 +32,24 @@ class ResumableLoader:
     def __init__(self, build: Callable, seed: int):
         """
         Args:
-            build: returns what `detectron2.data.build_detection_train_loader` does.
+            build: (dataset dicts or None: to be read) -> what
+                `detectron2.data.build_detection_train_loader` returns.
             seed: of the order and of the augmentations; the same in all processes.
         """
         self._build = build
         self.seed = seed
         self._first = self.drawn = 0
-        self._loader, self._stream = self._make()
+        self._loader, self._stream = self._make(None)
 
-    def _make(self):
+    @property
+    def records(self) -> Sequence[dict]:
+        """The dataset dicts, one for each image; Detectron2 keeps them serialised."""
+        return self._stream.dataset.records
+
+    def _make(self, records: Optional[Sequence[dict]]):
         with isolated_rng():
             seed_cpu(self.seed)  # Detectron2 draws the seeds of its samplers when it builds them
-            loader = self._build()
+            loader = self._build(records)
         inner = inner_loader(loader)
         stream = inner.dataset
         if not isinstance(stream, ToIterableDataset):
@@ -76,7 +82,7 @@ class ResumableLoader:
         """
         if seed is not None and seed != self.seed:
             self.seed = seed
-            self._loader, self._stream = self._make()
+            self._loader, self._stream = self._make(self.records)
         self._first = self.drawn = batch
         sampler, size = self._stream.sampler, self._loader.batch_size
         sampler.waiting, sampler.skipped = [], 0
@@ -162,12 +168,16 @@ class _SeededDataset(Dataset):
         seed_cpu(self.seed, IMAGES, position)
         return self.dataset[index]
 
+    @property
+    def records(self) -> Sequence[dict]:
+        return self.dataset._dataset
+
     def is_wide(self, index: int) -> bool:
         """The group of an image, as `AspectRatioGroupedDataset` tells it.
 
         Without reading it, if the dataset tells its size.
         """
-        record = self.dataset._dataset[index]
+        record = self.records[index]
         if "width" not in record or "height" not in record:
             log_first_n(
                 logging.WARNING,

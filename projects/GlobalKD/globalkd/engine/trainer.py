@@ -7,7 +7,7 @@ import logging
 import os
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterator, List, Optional
+from typing import Callable, Iterator, List, Optional, Sequence
 from unittest import mock
 
 import torch
@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from ..data.config_checks import check_classes, check_data
+from ..data.garbage_collection import paused_collection
 from ..data.registration import first_images
 from ..data.resumable_loader import ResumableLoader, shield_workers
 from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
@@ -97,6 +98,8 @@ class DistillTrainer(DefaultTrainer):
             own = {"distiller": self.distiller}
             self.checkpointer.checkpointables = {**own, **self.checkpointer.checkpointables}
             self._trainer.register_hooks([NonFiniteCheck()])  # it alone calls after_backward
+            if loader is not None:
+                self.distiller.refresher.read_from(loader.records)
         # Again: the teacher is known by now, and so are classes that only a loaded dataset tells.
         check_classes(cfg, teacher_classes)
         # The last to be loaded: over what the first process had, it puts what each one had.
@@ -181,8 +184,9 @@ class DistillTrainer(DefaultTrainer):
         """
         check_batch(cfg, comm.get_world_size())
 
-        def build():
-            loader = build_detection_train_loader(cfg, mapper=mapper)
+        @paused_collection()
+        def build(records: Optional[Sequence[dict]] = None):
+            loader = build_detection_train_loader(cfg, mapper=mapper, dataset=records)
             shield_workers(loader)
             pass_over_unreadable(loader, cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
             return loader

@@ -48,9 +48,9 @@ def usable_boxes(dataset_dicts: Sequence[dict], min_box_size: float) -> BoxTable
     Cut off at their image's edges, as in training. Left out: crowds, boxes marked difficult, and
     boxes with a side shorter than `min_box_size` then.
     """
-    rows, modes = [], []
-    sizes = [(x.get("width", np.inf), x.get("height", np.inf)) for x in dataset_dicts]
+    rows, modes, sizes = [], [], []
     for image_id, record in enumerate(dataset_dicts):
+        sizes.append((record.get("width", np.inf), record.get("height", np.inf)))
         for annotation_id, annotation in enumerate(record.get("annotations", [])):
             if annotation.get("iscrowd", 0) or annotation.get("difficult", 0):
                 continue

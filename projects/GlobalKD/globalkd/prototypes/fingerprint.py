@@ -13,6 +13,8 @@ from typing import Any, Dict
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from .settings import min_keypoints
+
 #: Keys of MODEL.GLOBALKD.PROTOTYPES that say where prototypes lie or when they are made, not which.
 _WITHOUT_EFFECT = ("FILE", "FEATURE_DIR", "REFRESH", "REFRESH_EPOCHS", "RESERVOIR_SIZE")
 _WEIGHTS = ("teacher_weights", "student_weights")
@@ -34,6 +36,7 @@ def settings_of(cfg: CfgNode) -> Dict[str, Any]:
         "datasets": list(cfg.DATASETS.TRAIN),
         "filter_empty_annotations": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         "mask_on": cfg.MODEL.MASK_ON,
+        **({"min_keypoints": min_keypoints(cfg)} if cfg.MODEL.KEYPOINT_ON else {}),
         **{k.lower(): v for k, v in node.PROTOTYPES.items() if k not in _WITHOUT_EFFECT},
     }
 

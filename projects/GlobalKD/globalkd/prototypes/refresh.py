@@ -23,6 +23,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..data.garbage_collection import paused_collection
 from ..features import InstancePooler, LevelPair
 from ..random_state import isolated_rng
 from ..requirement import require
@@ -88,6 +89,7 @@ class PrototypeRefresher:
         self.reservoir_size = reservoir_size
         self.file = file
         self.settings = settings or {}
+        self._dicts: Optional[Sequence[dict]] = None
 
     @classmethod
     def from_config(cls, cfg):
@@ -109,12 +111,25 @@ class PrototypeRefresher:
         """What prototypes are made with here, as prototype files carry it."""
         return with_contents(self.settings)
 
+    def read_from(self, dicts: Sequence[dict]) -> None:
+        """Take the images from these dataset dicts, and do not read `source.datasets` again.
+
+        Args:
+            dicts: what `source` describes, as a training loader has it.
+        """
+        self._dicts = dicts
+
     @cached_property
+    @paused_collection()
     def _dataset(self):
-        with isolated_rng():
-            dicts = get_detection_dataset_dicts(
-                list(self.source.datasets), filter_empty=self.source.filter_empty
-            )
+        dicts = self._dicts
+        if dicts is None:
+            with isolated_rng():
+                dicts = get_detection_dataset_dicts(
+                    list(self.source.datasets),
+                    filter_empty=self.source.filter_empty,
+                    min_keypoints=self.source.min_keypoints,
+                )
         table = usable_boxes(dicts, self.source.min_box_size)
         if len(table.boxes) == 0:
             raise ValueError(

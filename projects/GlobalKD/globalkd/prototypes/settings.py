@@ -54,6 +54,7 @@ class ImageSource:
     Attributes:
         datasets: registered names.
         filter_empty: leave out images without annotations, as training does.
+        min_keypoints: leave out images with fewer visible keypoints; 0 for no such filter.
         min_box_size: boxes with a side below it, in pixels of the original image, are left out.
         max_images_per_class: 0 for no limit.
         seed: of the choice of images.
@@ -65,6 +66,7 @@ class ImageSource:
 
     datasets: Sequence[str]
     filter_empty: bool = True
+    min_keypoints: int = 0
     min_box_size: float = 30.0
     max_images_per_class: int = 800
     seed: int = 1
@@ -82,6 +84,7 @@ class ImageSource:
         return ImageSource(
             datasets=cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=min_keypoints(cfg),
             min_box_size=node.MIN_BOX_SIZE,
             max_images_per_class=node.MAX_IMAGES_PER_CLASS,
             seed=node.SEED,
@@ -90,3 +93,8 @@ class ImageSource:
             feature_dir=node.FEATURE_DIR,
             max_unreadable=cfg.DATALOADER.MAX_UNREADABLE_IMAGES,
         )
+
+
+def min_keypoints(cfg: CfgNode) -> int:
+    """The number of visible keypoints that an image needs to be trained on."""
+    return cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
