@@ -59,7 +59,7 @@ def other_ways(case: Case, batch: List[dict]) -> Dict[str, Callable]:
     default = case.teacher
     images = default.model.preprocess_image(batch).tensor
 
-    if case.device == "cpu":  # as the default
+    if case.device == "cpu" or default._backbone._channels_last:  # as the default
         images = images.contiguous(memory_format=torch.channels_last)
 
     def inference_mode():

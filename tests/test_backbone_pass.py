@@ -7,9 +7,9 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
-from test_gpu_simulated import moved
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from toy_step import moved
 
 from globalkd.teacher import cuda_graphs
 from globalkd.teacher.backbone_pass import BackbonePass, has_tf32
@@ -130,10 +130,12 @@ def test_tf32_is_of_the_gpu_and_of_pytorchs_flag(capability, precision, expected
 @pytest.fixture
 def graphed(backbone, monkeypatch):
     """A recording that launches its kernels anew: as a graph, it reads and writes fixed memory."""
-    recordings = []
+    recordings, streams = [], set()
 
-    def record(run, _stream, pool):
+    def record(run, stream, pool):
+        assert pool == ("pool" if recordings else None)
         recordings.append(run)
+        streams.add(stream)
         return run, "pool"
 
     class Stream:
@@ -145,7 +147,7 @@ def graphed(backbone, monkeypatch):
     monkeypatch.setattr("torch.cuda.current_stream", Stream)
     monkeypatch.setattr("torch.cuda.stream", lambda _: torch.no_grad())
     graphed = GraphedBackbone(backbone)
-    graphed.recordings = recordings
+    graphed.recordings, graphed.streams = recordings, streams
     return graphed
 
 
@@ -173,6 +175,22 @@ def test_recordings_share_their_memory(graphed):
     large, small = graphed._graphs.values()
     assert large[1].data_ptr() == small[1].data_ptr()
     assert large[2]["p2"].data_ptr() == small[2]["p2"].data_ptr()
+    assert len(graphed.streams) == 1, "PyTorch shares a pool between recordings on one stream alone"
+
+
+def test_a_batch_of_no_training_step_is_not_compiled(backbone, monkeypatch):
+    def compiled(module):
+        made.append(module)
+        return module
+
+    made = []
+    monkeypatch.setattr(torch, "compile", compiled)
+    run = BackbonePass(backbone, compile=True)
+    x = images(1, 3, 8, 8)
+    torch.testing.assert_close(run(x, once=True), backbone(x))
+    assert not made
+    run(x)
+    assert made == [backbone]
 
 
 def test_recordings_are_limited_and_it_is_said(backbone, graphed, monkeypatch, caplog):

@@ -7,13 +7,15 @@ import torch
 from conftest import KINDS, make_batch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from test_gpu_simulated import CASES, moved
+from test_gpu_simulated import CASES
 from test_training import run
-from toy_step import attach, leaves, toy_bank, toy_step
+from torch import nn
+from toy_step import attach, in_half, leaves, moved, toy_bank, toy_step
 
 from globalkd.analysis.runs import load_run, read_metrics
 from globalkd.data import register_datasets
 from globalkd.prototypes.sparse_coding import select_atoms
+from globalkd.teacher.cuda_graphs import GraphedBackbone
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 both = pytest.mark.parametrize("kind", list(KINDS))
@@ -39,7 +41,9 @@ def same_draws(monkeypatch):
 
     for name in ("rand", "randn", "randint"):
         monkeypatch.setattr(torch, name, on_the_cpu(getattr(torch, name)))
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape).to(x))
+    monkeypatch.setattr(
+        torch, "rand_like", lambda x, dtype=None: torch.rand(x.shape).to(x.device, dtype or x.dtype)
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,23 @@ def test_a_loss_and_its_gradient_are_those_of_the_cpu(name, make, one_stage, sam
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
     for a, b in zip(found[1], expected[1]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 0)])
+@pytest.mark.parametrize(
+    ("name", "make", "one_stage"),
+    CASES,
+    ids=[f"{n}-{'retinanet' if one else 'rcnn'}" for n, _, one in CASES],
+)
+def test_a_loss_is_finite_in_half_precision(name, make, one_stage, counts):
+    context = in_half(toy_step(counts, one_stage=one_stage, bank=toy_bank()), torch.float16)
+    loss = attach(make(), context)
+    loss, context = (moved(x, lambda x: x.detach().cuda()) for x in (loss, context))
+    with torch.autocast("cuda", torch.float16):
+        total = torch.stack(list(loss(context).values())).sum()
+    (total * 1024).backward()  # as a GradScaler would
+    gradients = [x.grad for x in leaves(context) if x.grad is not None]
+    assert total.isfinite() and all(x.isfinite().all() for x in gradients)
 
 
 @both
@@ -142,8 +163,27 @@ def test_graphs_give_the_maps_of_the_same_kernels(kind, precision, side_stream, 
         torch.testing.assert_close(a, b)
 
 
+def test_graphs_of_many_shapes_share_their_memory():
+    def growth(count):
+        layers = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(8)]
+        backbone = nn.Sequential(*layers).cuda().eval().requires_grad_(False)
+        graphed = GraphedBackbone(lambda x: {"p2": backbone(x)})
+        for width in range(count):
+            x = torch.zeros(1, 16, 512, 1024 - 32 * width, device="cuda")
+            graphed(x), graphed(x)
+        assert len(graphed._graphs) == count
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - before
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    assert growth(8) < 1.5 * growth(1)
+
+
 @both
 def test_with_tf32_a_teacher_has_channels_last(kind, tiny_cfg):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("has no TF32")
     found = []
     for tf32 in (False, True):
         torch.backends.cudnn.allow_tf32 = tf32

@@ -4,24 +4,19 @@ PyTorch's fake tensors have a device, and compute nothing: an operation on tenso
 fails, and so does one whose result's size or value the host would have to wait for.
 """
 
-import copy
-import dataclasses
-
 import pytest
 import torch
 from conftest import make_batch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from test_comparison_losses import LOSSES
-from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_step import attach, toy_bank, toy_step
+from toy_step import attach, moved, toy_bank, toy_step
 
 from globalkd.data import register_datasets
 from globalkd.losses import (
@@ -62,44 +57,6 @@ class NoWaitingCopy(TorchDispatchMode):
 def fake(device):
     """Makes of a tensor a fake one of that device."""
     return lambda x: torch.empty(x.shape, dtype=x.dtype, device=device)
-
-
-def moved(value, move, seen=None):
-    """A copy with `move(x)` in place of each tensor x, however deep they are."""
-    seen = {} if seen is None else seen
-    if id(value) not in seen:
-        seen[id(value)] = _moved(value, move, seen), value  # kept: ids of the dead come again
-    return seen[id(value)][0]
-
-
-def _moved(value, move, seen):
-    if isinstance(value, torch.Tensor):
-        return move(value).requires_grad_(value.requires_grad)
-    if isinstance(value, nn.Module):
-        for module in value.modules():
-            for name, x in [*module._parameters.items(), *module._buffers.items()]:
-                if x is not None and not isinstance(x, nn.Parameter):
-                    module._buffers[name] = moved(x, move, seen)
-                elif x is not None:
-                    own = move(x)
-                    module._parameters[name] = nn.Parameter(own, requires_grad=x.requires_grad)
-        return value
-    if dataclasses.is_dataclass(value):
-        new = copy.copy(value)
-        for name, x in vars(value).items():  # what was computed and cached, too
-            vars(new)[name] = moved(x, move, seen)
-        return new
-    if isinstance(value, dict):
-        return {k: moved(x, move, seen) for k, x in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(moved(x, move, seen) for x in value)
-    if isinstance(value, Boxes):
-        return Boxes(moved(value.tensor, move, seen))
-    if isinstance(value, Instances):
-        return Instances(
-            value.image_size, **{k: moved(x, move, seen) for k, x in value.get_fields().items()}
-        )
-    return value
 
 
 @pytest.mark.parametrize(

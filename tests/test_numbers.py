@@ -9,7 +9,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_step import DEPTH, SIZE, attach, evaluate, leaves, toy_bank, toy_step
+from toy_step import DEPTH, SIZE, attach, evaluate, in_half, leaves, toy_bank, toy_step
 
 from globalkd import register_datasets
 from globalkd.engine.trainer import DistillTrainer
@@ -85,6 +85,8 @@ def not_finite(name, settings, one_stage, *, counts=(3, 1), fills, boxes="usual"
         fills=[FILLS[fill] for fill in fills],
         move_boxes=BOXES[boxes],
     )
+    if dtype != "float32":  # as autocast leaves what convolutions and linear layers give
+        context = in_half(context, DTYPES[dtype])
     settings = {**SETTINGS.get(name, {}), **settings}
     loss = attach(DISTILL_LOSS_REGISTRY.get(name)(**settings), context)
     with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):

@@ -215,13 +215,16 @@ def test_pooling_without_waiting_is_the_poolers(kind, sampling_ratio):
         canonical_level=3,
     )
     assert pools_without_waiting(pooler)
-    maps = [torch.randn(2, 5, n, n) for n in (16, 8, 4)]
+    maps = [torch.randn(2, 5, n, n, requires_grad=True) for n in (16, 8, 4)]
     sides = torch.tensor([[4.0, 4], [20, 30], [60, 60], [9, 50]])
     boxes = [torch.cat([b, b + sides], dim=1) for b in torch.rand(2, 4, 2) * 10]
     rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
     expected = pooler(maps, [Boxes(b) for b in boxes])
     torch.testing.assert_close(pool(pooler, maps, rois), expected)
-    torch.testing.assert_close(pool_without_waiting(pooler, maps, rois), expected)
+    found = pool_without_waiting(pooler, maps, rois)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(x.square().sum(), maps) for x in (found, expected))
+    torch.testing.assert_close(*gradients)
     assert pool_without_waiting(pooler, maps, rois[:0]).shape == (0, 5, 3, 3)
     with_pooling = ROIPooler(3, scales=[1 / 4], sampling_ratio=0, pooler_type="ROIPool")
     assert not pools_without_waiting(with_pooling)

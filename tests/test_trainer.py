@@ -1,11 +1,13 @@
 """The trainer's checks before a run, and its small helpers."""
 
+import copy
 import json
 import logging
 from collections import Counter
 from functools import partial
 
 import pytest
+import torch
 from conftest import NARROW
 from detectron2.data import (
     DatasetCatalog,
@@ -14,6 +16,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import AMPTrainer
 from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 
@@ -23,8 +26,8 @@ from globalkd.data.registration import first_images
 from globalkd.data.resumable_loader import ResumableLoader
 from globalkd.engine import trainer as trainer_module
 from globalkd.engine.checkpoint import AtomicCheckpointer
-from globalkd.engine.launching import held_messages
-from globalkd.engine.run_checks import scale_to_processes
+from globalkd.engine.launching import held_messages, is_connection_lost
+from globalkd.engine.run_checks import check_device, scale_to_processes
 from globalkd.engine.trainer import (
     DistillTrainer,
     check_classes,
@@ -358,6 +361,46 @@ def test_a_subclass_may_have_its_own_training_loader(name, tiny_cfg, caplog):
         trainer.resume_or_load(resume=True)
         assert trainer.start_iter == 1
         trainer.train()
+
+
+def test_mixed_precision_may_begin_with_a_resume(tiny_cfg):
+    """Detectron2 asks a checkpoint for the state of the gradient scaler that is not in it."""
+    cfg = tiny_cfg("rcnn")
+    register_datasets(cfg)
+    trainer = DistillTrainer(cfg)
+    trainer._trainer.iter = 3
+    plain = trainer.state_dict()
+    trainer._trainer.__class__ = AMPTrainer  # which needs a GPU to be built
+    trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    trainer.load_state_dict(copy.deepcopy(plain))
+    assert trainer._trainer.grad_scaler.get_scale() == 256.0
+    mixed = copy.deepcopy(trainer.state_dict())
+    mixed["_trainer"]["grad_scaler"]["scale"] = 32.0
+    trainer.load_state_dict(mixed)
+    assert trainer._trainer.grad_scaler.get_scale() == 32.0
+
+
+@pytest.mark.faults
+def test_processes_that_talk_by_nccl_cannot_train_on_the_cpu(tiny_cfg, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
+    with pytest.raises(ValueError, match="MODEL.DEVICE is 'cpu'.* CUDA_VISIBLE_DEVICES="):
+        check_device(tiny_cfg("rcnn"))
+    check_device(tiny_cfg("rcnn", "MODEL.DEVICE", "cuda"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3",
+        "NCCL error in: NCCLUtils.hpp, remote process exited or there was a network error",
+        "NCCL communicator was aborted on rank 1.",
+    ],
+)
+def test_a_lost_process_is_known_by_what_the_backends_say(message, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    assert is_connection_lost(RuntimeError(message))
+    assert not is_connection_lost(RuntimeError("CUDA error: out of memory"))
 
 
 def test_a_mapper_of_a_subclass_keeps_the_exact_resume(tiny_cfg, caplog):

@@ -3,6 +3,8 @@
 64 x 64 images, levels p3 and p4 (8 x 8 and 4 x 4 cells), 2 anchors a cell, 4 classes.
 """
 
+import copy
+import dataclasses
 import math
 from dataclasses import dataclass, replace
 
@@ -131,12 +133,62 @@ class ToyTeacher:
         return outputs
 
 
+def moved(value, move, seen=None):
+    """A copy with `move(x)` in place of each tensor x, however deep they are."""
+    seen = {} if seen is None else seen
+    if id(value) not in seen:
+        seen[id(value)] = _moved(value, move, seen), value  # kept: ids of the dead come again
+    return seen[id(value)][0]
+
+
+def _moved(value, move, seen):
+    if isinstance(value, torch.Tensor):
+        return move(value).requires_grad_(value.requires_grad)
+    if isinstance(value, nn.Module):
+        for module in value.modules():
+            for name, x in [*module._parameters.items(), *module._buffers.items()]:
+                if x is not None and not isinstance(x, nn.Parameter):
+                    module._buffers[name] = moved(x, move, seen)
+                elif x is not None:
+                    own = move(x)
+                    module._parameters[name] = nn.Parameter(own, requires_grad=x.requires_grad)
+        return value
+    if dataclasses.is_dataclass(value):
+        new = copy.copy(value)
+        for name, x in vars(value).items():  # what was computed and cached, too
+            vars(new)[name] = moved(x, move, seen)
+        return new
+    if isinstance(value, dict):
+        return {k: moved(x, move, seen) for k, x in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(moved(x, move, seen) for x in value)
+    if isinstance(value, Boxes):
+        return Boxes(moved(value.tensor, move, seen))
+    if isinstance(value, Instances):
+        return Instances(
+            value.image_size, **{k: moved(x, move, seen) for k, x in value.get_fields().items()}
+        )
+    return value
+
+
 def leaves(context):
     dense = context.student_dense
     groups = (context.student_maps, dense.logits, dense.deltas)
     tensors = [x for group in groups for x in group.values()] + [context.candidates.logits]
     tensors += [x for level in dense.hidden[DEPTH] for x in level]
     return [x for x in tensors if x.is_leaf]  # RetinaNet's candidates are its dense logits
+
+
+def in_half(context, dtype):
+    """The same context with features, logits and deltas of both detectors in a lower precision."""
+    dense = context.student_dense, context.teacher_dense
+    groups = [context.student_maps, context.teacher_maps]
+    groups += [group for x in dense for group in (x.logits, x.deltas)]
+    outputs = [x for group in groups for x in group.values()]
+    outputs += [h for x in dense for level in x.hidden[DEPTH] for h in level]
+    outputs += [context.candidates.logits]
+    ids = {id(x) for x in outputs}
+    return moved(context, lambda x: x.detach().to(dtype) if id(x) in ids else x.detach())
 
 
 def _detector(num_images, channels, num_scores, generator, repeat, fill):

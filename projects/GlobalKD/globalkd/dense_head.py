@@ -165,7 +165,7 @@ class DenseOutputs:
         for x, count, (_, _, width, num_anchors, _) in zip(self.logits.values(), counts, shapes):
             # Every row on every level, as its number is known: which are there would be waited for.
             here = (place >= start) & (place < start + count)
-            own = (place - start).clamp(0, count - 1)
+            own = (place - start) % count  # others spread: rows of one cell would queue in backward
             cell, anchor = own // num_anchors, own % num_anchors
             values = x[image, cell // width, cell % width, anchor]
             found = found + values.where(here[:, None], 0)

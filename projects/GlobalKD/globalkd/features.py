@@ -248,17 +248,22 @@ def pool(pooler: ROIPooler, maps: List[Tensor], rois: Tensor) -> Tensor:
     return pooler(maps, by_image(rois, len(maps[0])))
 
 
+#: A coordinate in pixels that RoIAlign takes for outside of the image on every level.
+_OUTSIDE = -1e4
+
+
 def pool_without_waiting(pooler: ROIPooler, maps: List[Tensor], rois: Tensor) -> Tensor:
     """`pool` for a GPU.
 
     Detectron2's own asks which boxes belong to a level, level by level. Here each level pools all
-    of them, empty in the place of those that are not its own, which costs it nothing.
+    of them, moved out of the image where they are not its own: there nothing is read or written.
     """
     level = assigned_levels(pooler, rois[:, 1:])
     pooled = None
     for index, (x, align) in enumerate(zip(maps, pooler.level_poolers)):
         own = level == index
-        part = align(x, rois * own[:, None])
+        boxes = torch.where(own[:, None], rois[:, 1:], _OUTSIDE)
+        part = align(x, torch.cat([rois[:, :1], boxes], dim=1))
         pooled = part if pooled is None else torch.where(own[:, None, None, None], part, pooled)
     return pooled
 

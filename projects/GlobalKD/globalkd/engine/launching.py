@@ -21,8 +21,11 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 #: Asking a training to save and end: the first is sent by clusters, the second by Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: How gloo says that another process is gone, or has not answered for too long.
-_CONNECTION_LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting")
+#: How gloo, and in the second line NCCL, say that another process is gone, or does not answer.
+_CONNECTION_LOST = (
+    *("connection closed by peer", "connection reset by peer", "timed out waiting"),
+    *("remote process exit", "communicator was aborted"),
+)
 
 
 def launch(main: Callable, args, *, timeout_minutes: float = 30) -> None:

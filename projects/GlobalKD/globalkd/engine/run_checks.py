@@ -9,8 +9,10 @@ import os
 import re
 from contextlib import suppress
 
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
 
 from ..meta_arch import is_distilled
 from ..teacher.building import teacher_weights
@@ -61,6 +63,17 @@ def warn_of_idle_teacher(cfg: CfgNode) -> None:
             f"MODEL.GLOBALKD.TEACHER.CONFIG_FILE names a teacher, but MODEL.META_ARCHITECTURE is "
             f"{cfg.MODEL.META_ARCHITECTURE!r}, which does not distil. Set it to "
             "'DistillGeneralizedRCNN' or 'DistillRetinaNet', or MODEL.GLOBALKD.ENABLED to False."
+        )
+
+
+def check_device(cfg: CfgNode) -> None:
+    """Raise a ValueError where several processes are to train on what they cannot talk about."""
+    several = comm.get_world_size() > 1
+    if several and not cfg.MODEL.DEVICE.startswith("cuda") and dist.get_backend() == "nccl":
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, and these {comm.get_world_size()} processes "
+            "talk by NCCL, which reaches GPUs alone. Start with CUDA_VISIBLE_DEVICES= (nothing) to "
+            "train in several processes on the CPU."
         )
 
 

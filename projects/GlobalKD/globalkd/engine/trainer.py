@@ -46,6 +46,7 @@ from .launching import is_connection_lost
 from .run_checks import (
     HOLDS_A_RUN,
     check_batch,
+    check_device,
     check_output,
     check_schedule,
     scale_to_processes,
@@ -72,6 +73,7 @@ class DistillTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         self.stop_signals = StopSignals()
         cfg = scale_to_processes(cfg, comm.get_world_size())
+        check_device(cfg)
         check_schedule(cfg)
         check_output(cfg)
         warn_of_idle_teacher(cfg)
@@ -157,6 +159,13 @@ class DistillTrainer(DefaultTrainer):
                 "training, which has ended or hangs; its own output says why. Go on from the "
                 "last checkpoint with --resume."
             ) from error
+
+    def load_state_dict(self, state_dict):
+        scaler = getattr(self._trainer, "grad_scaler", None)
+        if scaler is not None and not state_dict["_trainer"].get("grad_scaler"):
+            # Mixed precision begins here: Detectron2 would ask for the scaler of the steps before.
+            state_dict["_trainer"]["grad_scaler"] = scaler.state_dict()
+        super().load_state_dict(state_dict)
 
     def build_writers(self) -> List[EventWriter]:
         writers = super().build_writers()

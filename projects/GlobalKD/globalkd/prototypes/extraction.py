@@ -207,7 +207,8 @@ def extract_features(
 
 def _extract_batch(student, teacher, batch, levels, pooler) -> PairedFeatures:
     images = student.preprocess_image(batch).tensor
-    teacher_maps = teacher.on_input_grid(teacher.features(batch, student.input_format))
+    teacher_maps = teacher.features(batch, student.input_format, once=True)
+    teacher_maps = teacher.on_input_grid(teacher_maps)
     sizes = [tuple(x["image"].shape[-2:]) for x in batch]
     maps = align_levels(levels, student.backbone(images), teacher_maps, sizes, teacher.input_scale)
     rois = to_rois([x["boxes"] for x in batch]).to(images.device)

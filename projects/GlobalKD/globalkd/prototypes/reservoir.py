@@ -83,7 +83,7 @@ class InstanceReservoir(nn.Module):
             self.get_buffer(f"student_{level}").index_copy_(0, slot, student[level])
         self.boxes.index_copy_(0, slot, boxes)
         self.iterations.index_fill_(0, slot, iteration)
-        self.iterations[-1] = -1
+        self.iterations[-1:].fill_(-1)
         self.counts += mine.sum(dim=0).clamp_max(self.size)
 
     def clear(self) -> None:

@@ -39,30 +39,36 @@ class BackbonePass:
 
     def forget(self) -> None:
         """Take the backbone's parameters anew: they were moved or changed."""
+        self._modules: Dict[Optional[torch.dtype], nn.Module] = {}
         self._calls: Dict[Optional[torch.dtype], Callable] = {}
         self._channels_last = _is_channels_last(self.backbone)
 
     def __getstate__(self):
-        return {**self.__dict__, "_calls": {}}  # a copy makes its own
+        return {**self.__dict__, "_modules": {}, "_calls": {}}  # a copy makes its own
 
-    def __call__(self, images: Tensor) -> Dict[str, Tensor]:
+    def __call__(self, images: Tensor, *, once: bool = False) -> Dict[str, Tensor]:
         """
         Args:
             images: (N, 3, H, W) float32.
+            once: of a shape that hardly comes again: nothing is compiled or recorded for it.
 
         Returns:
             level -> map, in any memory format. With CUDA graphs they hold until the next call.
         """
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if dtype not in self._calls:
-            self._calls[dtype] = self._prepare(dtype, device)
+        if dtype not in self._modules:
+            self._modules[dtype] = self._converted(dtype)
         # Where convolutions run faster on it: on a CPU, in 16 bits, and where the weights have it.
         if device == "cpu" or dtype is not None or self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        if once:
+            return self._modules[dtype](images)
+        if dtype not in self._calls:
+            self._calls[dtype] = self._launcher(self._modules[dtype], device)
         return self._calls[dtype](images)
 
-    def _prepare(self, dtype: Optional[torch.dtype], device: str) -> Callable:
+    def _converted(self, dtype: Optional[torch.dtype]) -> nn.Module:
         backbone = self.backbone
         if dtype is not None and is_resnet(backbone):
             backbone = copy.deepcopy(backbone).to(memory_format=torch.channels_last)
@@ -70,6 +76,9 @@ class BackbonePass:
                 if type(module) in (Conv2d, nn.Conv2d):
                     for parameter in module.parameters(recurse=False):  # not those of its norm
                         parameter.data = parameter.data.to(dtype)
+        return backbone
+
+    def _launcher(self, backbone: nn.Module, device: str) -> Callable:
         call = torch.compile(backbone) if self.compile else backbone
         return GraphedBackbone(call) if self.cuda_graphs and device == "cuda" else call
 

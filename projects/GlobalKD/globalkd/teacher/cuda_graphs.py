@@ -35,7 +35,8 @@ class GraphedBackbone:
         self._seen: Set[tuple] = set()
         self._graphs: Dict[tuple, Tuple[Callable, Tensor, Maps]] = {}
         self._buffers: Maps = {}
-        self._pool = None
+        # PyTorch shares a pool's memory only between recordings on one stream.
+        self._stream = self._pool = None
 
     def __call__(self, images: Tensor) -> Maps:
         """
@@ -72,7 +73,7 @@ class GraphedBackbone:
         images_in = self._buffer("images", images)
         images_in.copy_(images)
         stream = torch.cuda.current_stream()
-        aside = torch.cuda.Stream()
+        aside = self._stream = self._stream or torch.cuda.Stream()
         aside.wait_stream(stream)
         with torch.cuda.stream(aside):  # what is made at a first call must not be recorded
             first = self._backbone(images_in)
@@ -86,6 +87,8 @@ class GraphedBackbone:
 
         try:
             replay, self._pool = record(run, aside, self._pool)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 "MODEL.GLOBALKD.TEACHER.CUDA_GRAPHS: the teacher's backbone cannot be recorded, as "
@@ -106,7 +109,7 @@ def record(run: Callable[[], None], stream, pool) -> Tuple[Callable, object]:
 
     Args:
         run: the function.
-        stream: where to record; none that is in use.
+        stream: where to record; none that is in use, and the same for all of a pool.
         pool: whose temporary memory to share; None for a new one.
 
     Returns:

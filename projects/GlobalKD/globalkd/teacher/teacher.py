@@ -145,8 +145,15 @@ class Teacher:
         return run
 
     @torch.no_grad()
-    def features(self, batched_inputs: List[dict], input_format: str) -> Dict[str, Tensor]:
+    def features(
+        self, batched_inputs: List[dict], input_format: str, *, once: bool = False
+    ) -> Dict[str, Tensor]:
         """One backbone pass over a batch in the student's input format.
+
+        Args:
+            batched_inputs: as a training loader gives them.
+            input_format: the channel order of their images.
+            once: a batch of no training step: nothing is compiled or recorded for its shape.
 
         Returns:
             level name -> map of the rescaled images, for the levels of `read_levels` (at first
@@ -158,7 +165,7 @@ class Teacher:
             batched_inputs = [{**x, "image": self._rescale(x["image"])} for x in batched_inputs]
         images = self.model.preprocess_image(batched_inputs).tensor
         with self._precision_for(images):
-            maps = self._backbone(images)
+            maps = self._backbone(images, once=once)
         return {name: self._own_copy(maps[name]) for name in self._levels}
 
     def _own_copy(self, x: Tensor) -> Tensor:
