@@ -6,6 +6,8 @@ Eq. (5) and the "coefficients" of Eq. (8) are in `test_prototype_bank`.
 import itertools
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torchvision.ops import box_iou
 from toy_step import (
     CLASSES,
@@ -20,6 +22,7 @@ from toy_step import (
 )
 
 from globalkd.losses import FeatureKnowledge, GlobalKnowledge, ResponseKnowledge
+from globalkd.losses.divergence import sigmoid_kl
 
 both_heads = pytest.mark.parametrize("one_stage", [True, False], ids=["retinanet", "rcnn"])
 weighed = pytest.mark.parametrize("use_reliability", [True, False])
@@ -132,3 +135,19 @@ def test_response_knowledge_is_a_weighted_divergence_of_the_positives(
         terms.append(value * (omega(context, level, row) if use_reliability else 1.0))
     loss = ResponseKnowledge(temperature=3.0, one_stage=reading, use_reliability=use_reliability)
     close(evaluate(attach(loss, context), context)["loss_kd_response"], mean(terms))
+
+
+def test_the_binary_divergence_is_cross_entropy_less_entropy():
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(50, 7, generator=generator) * 8 for _ in range(2))
+    s.requires_grad_()
+    found = sigmoid_kl(s, t, 2.0)
+    wide, aim = s.double() / 2, (t.double() / 2).sigmoid()
+    entropy = -torch.special.xlogy(aim, aim) - torch.special.xlogy(1 - aim, 1 - aim)
+    cross_entropy = F.binary_cross_entropy_with_logits(wide, aim, reduction="none")
+    expected = 4 * (cross_entropy - entropy).sum(dim=1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(x.sum(), s)[0] for x in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    alike = torch.tensor([[-90.0, -17.0, -3.0, 0.0, 3.0, 17.0, 90.0]])
+    assert sigmoid_kl(alike, alike, 1.0).item() == 0.0

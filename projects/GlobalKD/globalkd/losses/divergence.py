@@ -1,5 +1,6 @@
 """Kullback-Leibler divergences between two detectors' logits, at a temperature."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,8 +14,30 @@ def softmax_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def sigmoid_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 times the binary KL divergence of each class, summed: (M, C) logits -> (M,)."""
-    s, t = student.float() / temperature, teacher.float() / temperature
-    positive = t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s))
-    negative = (-t).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s))
-    return (positive + negative).sum(dim=-1) * temperature**2
+    """T^2 times the binary KL divergence of each class, summed: (M, C) logits -> (M,).
+
+    With gradient for the student's logits alone.
+    """
+    s, t = student.float() / temperature, teacher.detach().float() / temperature
+    return _BinaryKL.apply(s, t) * temperature**2
+
+
+class _BinaryKL(torch.autograd.Function):
+    """sum over classes of KL(sigmoid(t) || sigmoid(s)): (..., C) float32 logits s, t -> (...).
+
+    Its derivative by s is sigmoid(s) - sigmoid(t). Autograd would keep several tensors as large as
+    the logits, which may be those of all anchors; here it keeps the two that are there.
+    """
+
+    @staticmethod
+    def forward(context, s: Tensor, t: Tensor) -> Tensor:
+        context.save_for_backward(s, t)
+        # The same with both signs changed: of t >= 0 small results are no differences of large
+        # numbers.
+        s, t = torch.where(t < 0, -s, s), t.abs()
+        return (F.logsigmoid(t) - F.logsigmoid(s) - (-t).sigmoid() * (t - s)).sum(dim=-1)
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        s, t = context.saved_tensors
+        return (s.sigmoid() - t.sigmoid()) * gradient[..., None], None
