@@ -165,6 +165,28 @@ def test_annotations_are_read_once_in_a_start_or_a_resume(tiny_cfg, monkeypatch)
         np.testing.assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("case", ["none", "of other images"])
+def test_a_refresher_of_ones_own_stays_as_it_was_built(case, scenes, tiny_cfg):
+    """A trainer with a model of its own: the training loader's images are not its refresher's."""
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.LOSSES", ["PixelRelation"])
+    register_datasets(cfg)
+    own = None if case == "none" else PrototypeRefresher(cfg)
+    if own is not None:
+        own.source.datasets = [scene_datasets(scenes)[1][0]]
+
+    class Trainer(DistillTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            model = super().build_model(cfg)
+            model.distiller.refresher = own
+            return model
+
+    refresher = Trainer(cfg).distiller.refresher
+    assert refresher is own
+    if own is not None:
+        assert len(refresher.records) == 4  # of the validation scenes
+
+
 def test_the_teacher_is_evaluated_before_the_first_step_if_asked(tiny_cfg, caplog):
     cfg = tiny_cfg("rcnn", "SOLVER.MAX_ITER", 1, "MODEL.GLOBALKD.TEACHER.EVAL_IMAGES", 2)
     with caplog.at_level(logging.INFO, logger="globalkd"):

@@ -37,7 +37,7 @@ def check_cost(
             return
     with report.part("One step"):
         # On a GPU, TEACHER.CUDA_GRAPHS records, which takes memory, at the second batch of a shape.
-        for _ in range(3 if _on_gpu(cfg) else 1):
+        for _ in range(3 if measured.on_gpu(cfg.MODEL.DEVICE) else 1):
             measured.run_step(trainer)
         memory = measured.peak_memory(cfg.MODEL.DEVICE)
         if distiller is not None:
@@ -150,7 +150,7 @@ def _report_cost(
     lines = [f"a step: {step:.3f} s"]
     if plain is not None:
         lines[0] += f"; of the plain student: {plain:.3f} s (x {step / plain:.2f})"
-    where = "on the GPU" if _on_gpu(cfg) else "of the process"
+    where = "on the GPU" if measured.on_gpu(cfg.MODEL.DEVICE) else "of the process"
     lines.append(f"memory in the first steps: {memory:.2f} GiB {where}, at most")
     parts = [
         ("steps", cfg.SOLVER.MAX_ITER, cost.steps),
@@ -166,10 +166,6 @@ def _report_cost(
         tabulate(rows, headers=["forecast", "times", "duration"]),
         f"started now, it would end on {end:%Y-%m-%d %H:%M}",
     )
-
-
-def _on_gpu(cfg: CfgNode) -> bool:
-    return cfg.MODEL.DEVICE.startswith("cuda")
 
 
 def _duration(seconds: float) -> str:

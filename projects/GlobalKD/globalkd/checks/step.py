@@ -56,9 +56,14 @@ def _seconds(work: Callable) -> float:
     return time.perf_counter() - start
 
 
+def on_gpu(device: str) -> bool:
+    """Whether MODEL.DEVICE names a GPU."""
+    return device.startswith("cuda")
+
+
 def peak_memory(device: str) -> float:
     """GiB: the largest amount so far, of the GPU's memory or else of the process's."""
-    if device.startswith("cuda"):
+    if on_gpu(device):
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 

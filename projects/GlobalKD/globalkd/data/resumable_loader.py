@@ -42,8 +42,8 @@ class ResumableLoader:
         self._loader, self._stream = self._make(None)
 
     @property
-    def records(self) -> Sequence[dict]:
-        """The dataset dicts, one for each image; Detectron2 keeps them serialised."""
+    def records(self) -> Optional[Sequence[dict]]:
+        """The dataset dicts, one for each image; None of a dataset that is not Detectron2's."""
         return self._stream.dataset.records
 
     def _make(self, records: Optional[Sequence[dict]]):
@@ -169,8 +169,8 @@ class _SeededDataset(Dataset):
         return self.dataset[index]
 
     @property
-    def records(self) -> Sequence[dict]:
-        return self.dataset._dataset
+    def records(self) -> Optional[Sequence[dict]]:
+        return getattr(self.dataset, "_dataset", None)
 
     def is_wide(self, index: int) -> bool:
         """The group of an image, as `AspectRatioGroupedDataset` tells it.

@@ -29,6 +29,7 @@ from ..data.registration import first_images
 from ..data.resumable_loader import ResumableLoader, shield_workers
 from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
 from ..distiller import Distiller
+from ..prototypes.settings import ImageSource
 from ..safe_loading import require_weights
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, require_evaluator
@@ -100,8 +101,10 @@ class DistillTrainer(DefaultTrainer):
             own = {"distiller": self.distiller}
             self.checkpointer.checkpointables = {**own, **self.checkpointer.checkpointables}
             self._trainer.register_hooks([NonFiniteCheck()])  # it alone calls after_backward
-            if loader is not None:
-                self.distiller.refresher.read_from(loader.records)
+            refresher = self.distiller.refresher
+            read = ImageSource.from_config(cfg).images
+            if loader is not None and refresher is not None and refresher.source.images == read:
+                refresher.read_from(loader.records)
         # Again: the teacher is known by now, and so are classes that only a loaded dataset tells.
         check_classes(cfg, teacher_classes)
         # The last to be loaded: over what the first process had, it puts what each one had.

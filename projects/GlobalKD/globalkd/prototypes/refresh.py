@@ -111,11 +111,11 @@ class PrototypeRefresher:
         """What prototypes are made with here, as prototype files carry it."""
         return with_contents(self.settings)
 
-    def read_from(self, dicts: Sequence[dict]) -> None:
+    def read_from(self, dicts: Optional[Sequence[dict]]) -> None:
         """Take the images from these dataset dicts, and do not read `source.datasets` again.
 
         Args:
-            dicts: what `source` describes, as a training loader has it.
+            dicts: what `source` describes, as a training loader has it; None: to be read.
         """
         self._dicts = dicts
 

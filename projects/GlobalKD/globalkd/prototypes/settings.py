@@ -75,6 +75,11 @@ class ImageSource:
     feature_dir: str = ""
     max_unreadable: int = 0
 
+    @property
+    def images(self) -> tuple:
+        """What decides which images there are, in which order."""
+        return tuple(self.datasets), self.filter_empty, self.min_keypoints
+
     @staticmethod
     def from_config(cfg: CfgNode) -> "ImageSource":
         node = cfg.MODEL.GLOBALKD.PROTOTYPES
