@@ -106,6 +106,10 @@ def _add_teacher_keys(node: CN) -> None:
     # True allows a teacher whose weights are incomplete, or none at all where WEIGHTS is empty. For
     # trying things out only.
     node.TEACHER.ALLOW_RANDOM_WEIGHTS = False
+    # The student's classes among the teacher's, by name or label (from 0), in the student's order:
+    # for a teacher that knows more classes, or the same in another order. What its box head takes
+    # for one of the others counts as background. Empty: teacher and student have the same classes.
+    node.TEACHER.CLASSES = []
     # True allows class names of teacher and dataset that differ (their number must always agree
     # where the response loss is used).
     node.TEACHER.ALLOW_OTHER_CLASSES = False

@@ -152,8 +152,9 @@ def _check_num_classes(teacher: Teacher, losses: Sequence[str], num_classes: int
         raise UnfitLosses(
             losses,
             f"compare class predictions, but the teacher has {teacher.num_classes} "
-            f"classes and the student {num_classes}. Give both the NUM_CLASSES of the data; if "
-            "they are to differ, take these out of MODEL.GLOBALKD.LOSSES and set "
+            f"classes and the student {num_classes}. Give both the NUM_CLASSES of the data. If the "
+            "teacher knows more classes, name the student's in MODEL.GLOBALKD.TEACHER.CLASSES. If "
+            "they are to differ, take these losses out of MODEL.GLOBALKD.LOSSES and set "
             "MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True.",
         )
 

@@ -146,9 +146,14 @@ def check_classes(cfg: CfgNode, teacher_classes: Sequence[str] = (), *, test: bo
         return
     problem = f"The class lists differ: {_described(lists)}"
     if not cfg.MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES:
-        raise ValueError(
-            f"{problem}. Set MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True if that is meant."
-        )
+        wanted = next(iter(lists.values()))
+        remedy = "Set MODEL.GLOBALKD.TEACHER.ALLOW_OTHER_CLASSES True if that is meant."
+        if set(wanted) <= set(teacher_classes):
+            remedy = (
+                "The teacher knows all classes of the data: set MODEL.GLOBALKD.TEACHER.CLASSES to "
+                f"{list(wanted)}, or ALLOW_OTHER_CLASSES True if its list of names is wrong."
+            )
+        raise ValueError(f"{problem}. {remedy}")
     if comm.is_main_process():
         log_first_n(
             logging.WARNING,

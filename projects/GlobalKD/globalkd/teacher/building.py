@@ -34,7 +34,7 @@ def build_teacher(
     device: str = "",
     like: Optional[CfgNode] = None,
     stock: bool = False,
-    **modes,
+    **settings,
 ) -> Teacher:
     """Build a teacher from a Detectron2 config and load its weights through the gate.
 
@@ -52,11 +52,12 @@ def build_teacher(
         device: where to build it; empty for what the config says.
         like: a config with further keys that the teacher's may have; see `load_config`.
         stock: leave the detector as Detectron2 builds it.
-        modes: `precision`, `compile`, `input_scale`, `side_stream` and `cuda_graphs` of `Teacher`.
+        settings: `classes`, `precision`, `compile`, `input_scale`, `side_stream` and `cuda_graphs`
+            of `Teacher`.
 
     Raises:
         FileNotFoundError: the config or the weights are not there.
-        ValueError: the weights do not fill the detector.
+        ValueError: the weights do not fill the detector, or it has not the `classes`.
     """
     cfg = teacher_config(config_file, opts, like)
     if device:
@@ -70,7 +71,7 @@ def build_teacher(
     )
     if not stock:
         _accelerate(model)
-    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **modes)
+    return Teacher(model, input_format=cfg.INPUT.FORMAT, class_names=_class_names(cfg), **settings)
 
 
 def _accelerate(model: nn.Module) -> None:
@@ -95,6 +96,7 @@ def teacher_from_config(cfg: CfgNode, *, stock: bool = False) -> Teacher:
         device=cfg.MODEL.DEVICE,
         like=cfg,
         stock=stock,
+        classes=node.CLASSES,
         precision=node.PRECISION,
         compile=node.COMPILE,
         input_scale=node.INPUT_SCALE,

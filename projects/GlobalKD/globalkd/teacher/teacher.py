@@ -6,7 +6,7 @@ how it is built and loaded (`teacher/building.py`), what is learned from it (`lo
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Callable, Collection, Dict, List, Optional, Sequence
+from typing import Callable, Collection, Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ..requirement import require
 from .anchor_logits import has_local_classes, single_logits, window_logits
 from .backbone_pass import BackbonePass, is_safe_in_bf16
 from .box_head import box_head_logits
+from .classes import select_classes
 from .cutting import cut_backbone
 from .side_stream import SideStream
 
@@ -47,6 +48,7 @@ class Teacher:
         *,
         input_format: str,
         class_names: Sequence[str] = (),
+        classes: Sequence[Union[int, str]] = (),
         precision: str = "student",
         compile: bool = False,
         input_scale: float = 1.0,
@@ -58,6 +60,8 @@ class Teacher:
             model: a detector with a `backbone` and `preprocess_image`.
             input_format: channel order that it was trained with, such as "BGR".
             class_names: names of its classes in order; empty where they are not known.
+            classes: labels or names of those that the student has, in the student's order; empty
+                for all. `model` is cut down to them; see `select_classes`.
             precision: a key of `PRECISIONS`. With one of its own the teacher runs under its own
                 autocast, and what it returns is float32.
             compile: run the backbone through `torch.compile`.
@@ -67,7 +71,7 @@ class Teacher:
                 and replayed.
 
         Raises:
-            ValueError: a setting that is not among these.
+            ValueError: a setting that is not among these, or classes that it has not.
         """
         if not (hasattr(model, "preprocess_image") and hasattr(model, "backbone")):
             raise ValueError(
@@ -78,7 +82,7 @@ class Teacher:
         require("TEACHER.INPUT_SCALE", input_scale, 0 < input_scale < float("inf"), "positive")
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
-        self.class_names = list(class_names)
+        self.class_names = select_classes(model, classes, class_names)
         self.precision = precision
         self.input_scale = input_scale
         self._modes = {"compile": compile, "cuda_graphs": cuda_graphs}
