@@ -86,11 +86,9 @@ def evaluate(cfg, args):
     if checkpointer.unfilled:
         text = checkpointer.describe_unfilled("the detector")
         logger.warning(f"What is evaluated is partly random: MODEL.WEIGHTS {text}.")
-    if checkpointer.incompatible and (unused := checkpointer.unused_of_backbone):
-        logger.warning(
-            f"The weights hold {len(unused)} entries of a backbone for which the detector has no "
-            f"place, such as {unused[0]}: those of a deeper one? What is evaluated lacks them."
-        )
+    if checkpointer.unused_of_backbone:
+        text = checkpointer.describe_unused("the detector")
+        logger.warning(f"MODEL.WEIGHTS {text} What is evaluated lacks them.")
     results = DistillTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -11,7 +11,6 @@ choosing.
 """
 
 import argparse
-import ctypes
 import json
 import math
 import statistics
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from setting import PeakMemory
 from tabulate import tabulate
 
 from globalkd.prototypes.sparse_coding import TIE, pair_coefficients, select_atoms, unit_rows
@@ -73,35 +73,6 @@ def ours(teacher, student, num_atoms, lam):
     return select_atoms(teacher, student, num_atoms, lam)[0].tolist()
 
 
-class PeakMemory:
-    """Bytes above those at the start, at the highest point of the block; None where unknown."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.bytes = None
-
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-        elif Path("/proc/self/clear_refs").exists():
-            ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would hide what is taken
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-            self.start = _status("VmRSS")
-        return self
-
-    def __exit__(self, *_):
-        if self.cuda:
-            self.bytes = torch.cuda.max_memory_allocated() - self.start
-        elif Path("/proc/self/clear_refs").exists():
-            self.bytes = max(0, _status("VmHWM") - self.start)
-
-
-def _status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field + ":"))
-
-
 def measure(method, teacher, student, num_atoms, repeats):
     """The method's picks and its row of the table.
 
@@ -109,13 +80,13 @@ def measure(method, teacher, student, num_atoms, repeats):
     """
     seconds, peaks = [], []
     for _ in range(repeats):
-        with PeakMemory(teacher.device) as memory:
+        with PeakMemory(teacher.device.type) as memory:
             start = time.perf_counter()
             picks = method(teacher, student, num_atoms, LAMBDA)
             seconds.append(time.perf_counter() - start)
         peaks.append(memory.bytes)
     features = sum(x.numel() * x.element_size() for x in (teacher, student))
-    peak = None if peaks[0] is None else features + max(peaks)
+    peak = features + max(peaks) if max(peaks) else None
     values = (method.__name__, len(teacher), teacher.shape[1], num_atoms)
     return picks, dict(zip(COLUMNS, (*values, min(seconds), peak, features)))
 

@@ -17,15 +17,14 @@ import time
 from pathlib import Path
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import TrainerBase
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from globalkd import add_globalkd_config, register_datasets
+from globalkd import register_datasets
 from globalkd.analysis.annotations import training_instances
 from globalkd.analysis.explained_share import explained_shares
-from globalkd.config_reading import fall_back_to_cpu
+from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.engine.trainer import DistillTrainer
 
 
@@ -58,10 +57,7 @@ def explained(bank, features):
 
 
 def setup(args):
-    cfg = get_cfg()
-    add_globalkd_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.GLOBALKD.PROTOTYPES.REFRESH = "harvest"
     cfg.DATASETS.TEST = ()
     fall_back_to_cpu(cfg)

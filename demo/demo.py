@@ -32,7 +32,12 @@ from globalkd.analysis.runs import load_whole, warn_if_not_last
 from globalkd.config_reading import fall_back_to_cpu, load_config
 from globalkd.data.class_names import class_names
 from globalkd.data.unreadable import UNREADABLE
-from globalkd.engine.command_line import add_import_argument, import_modules, user_errors
+from globalkd.engine.command_line import (
+    add_import_argument,
+    add_opts_argument,
+    import_modules,
+    user_errors,
+)
 
 logger = logging.getLogger("globalkd.demo")
 
@@ -249,9 +254,7 @@ def get_parser():
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="least score shown")
     add_import_argument(parser)
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
-    )
+    add_opts_argument(parser)
     return parser
 
 

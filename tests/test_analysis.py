@@ -12,7 +12,6 @@ from globalkd.analysis.curves import draw_curves
 from globalkd.analysis.demo_figures import draw_detections, draw_reliability
 from globalkd.analysis.reliability import (
     ambiguity_auc,
-    dataset_reliability,
     level_reliability,
     reliability_report,
 )
@@ -71,11 +70,13 @@ def run(tiny_cfg, distilled):
 @pytest.mark.slow
 def test_every_annotation_gets_a_weight(run):
     model = load_run(run, distiller=True)
-    found = dataset_reliability(model, read_config(run).DATASETS.TEST[0])
-    assert len(found.features) == len(found.ambiguity) == len(found.kinds) > 0
-    for weight in found.reliability.values():
+    annotations = dataset_annotations(model, read_config(run).DATASETS.TEST[0])
+    ambiguous = annotations.field("ambiguity", 0) > 0
+    kinds = annotations.field("ambiguity_kind", "")
+    assert len(annotations.features) == len(ambiguous) == len(kinds) > 0
+    for weight in level_reliability(model, annotations.features).values():
         assert (weight >= 0).all() and (weight <= 1).all()
-    assert ((found.ambiguity > 0) == (found.kinds != "none")).all()
+    assert (ambiguous == (kinds != "none")).all()
 
 
 @pytest.mark.slow

@@ -132,8 +132,8 @@ def test_the_teacher_says_the_same_of_positives_alone_as_among_all_rows(kind, mo
     )
     step(models[kind], [4, 0, 3])
     (context,) = contexts
-    assert "predictions" in context.read
-    alone, among = replace(context, read={"responses"}).responses, context.responses
+    assert "predictions" in context.reads
+    alone, among = replace(context, reads={"responses"}).responses, context.responses
     assert len(alone.teacher) == len(context.positives) > 0
     torch.testing.assert_close(alone.teacher, among.teacher)
     assert torch.equal(alone.student, context.predictions.student[context.positives.rows])

@@ -90,9 +90,11 @@ def test_registering_twice_changes_nothing(tmp_path, monkeypatch):
     voc = ["other", *write_voc(tmp_path / "voc", [])[1:]]
     cfg = config(coco=[entry, entry], voc=[voc])
     register_datasets(cfg)
+    before = {name: MetadataCatalog.get(name).as_dict() for name in ("mine", "other")}
     register_datasets(cfg)
     monkeypatch.chdir(tmp_path)
     register_datasets(config(coco=[["mine", "coco/all.json", "coco"]]))
+    assert {name: MetadataCatalog.get(name).as_dict() for name in before} == before
 
 
 @pytest.mark.faults

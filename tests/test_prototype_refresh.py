@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from globalkd.data import register_datasets
 from globalkd.engine.trainer import DistillTrainer
-from globalkd.prototypes.fingerprint import settings_of, with_contents
+from globalkd.prototypes.fingerprint import fingerprint_settings, with_contents
 
 
 def build(cfg):
@@ -94,14 +94,14 @@ def test_a_fingerprint_is_of_what_files_hold_and_not_of_their_names(tmp_path, ti
     def fingerprint(name, content):
         (tmp_path / name).write_bytes(content)
         cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.TEACHER.WEIGHTS", str(tmp_path / name))
-        return with_contents(settings_of(cfg))
+        return with_contents(fingerprint_settings(cfg))
 
     first = fingerprint("a.pth", b"weights")
     assert fingerprint("moved.pth", b"weights") == first
     again = fingerprint("a.pth", b"trained again")
     assert {key for key in first if again[key] != first[key]} == {"teacher_weights"}
     cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.TEACHER.WEIGHTS", "detectron2://zoo.pkl")
-    assert with_contents(settings_of(cfg))["teacher_weights"] == "detectron2://zoo.pkl"
+    assert with_contents(fingerprint_settings(cfg))["teacher_weights"] == "detectron2://zoo.pkl"
 
 
 def test_changed_annotations_change_the_fingerprint(scenes, tmp_path, tiny_cfg):
@@ -112,7 +112,7 @@ def test_changed_annotations_change_the_fingerprint(scenes, tmp_path, tiny_cfg):
         cfg = tiny_cfg("rcnn", "DATASETS.TRAIN", ("changing",))
         cfg.DATASETS.COCO = [["changing", str(annotations), str(scenes / "train")]]
         register_datasets(cfg)
-        prints.append(with_contents(settings_of(cfg))["datasets"]["changing"])
+        prints.append(with_contents(fingerprint_settings(cfg))["datasets"]["changing"])
     assert prints[0].startswith("sha256 ") and prints[0] != prints[1]
 
 

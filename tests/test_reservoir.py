@@ -276,5 +276,6 @@ def test_a_process_that_was_not_there_begins_with_an_empty_reservoir(rank, kept,
     boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0]])
     filled.add({}, {}, classes=torch.tensor([1]), boxes=boxes, iteration=5)
     own = {"loss_normalizer": None, "buffers": {}}
-    RunState(model, 1).load_state_dict({"seed": 1, "settings": {}, "processes": [own]})
+    state = {"seed": 1, "batches": None, "settings": {}, "processes": [own]}
+    RunState(model, 1).load_state_dict(state)
     assert len(filled.features(0)) == kept

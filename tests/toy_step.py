@@ -103,7 +103,7 @@ def toy_step(
         teacher=ToyTeacher(teacher[1]),
         bank=bank,
         student_dense=dense,
-        read=frozenset({"responses"}),
+        reads=frozenset({"responses"}),
         iteration=10_000,
         batched_inputs=[{"instances": x} for x in gt_instances],
     )

@@ -18,6 +18,7 @@ import os
 
 from globalkd.engine.command_line import (
     add_import_argument,
+    add_opts_argument,
     import_modules,
     positive,
     user_errors,
@@ -34,9 +35,7 @@ def main():
     parser.add_argument("--output", default="student.pth", help=".pth, .safetensors, .ts or .onnx")
     parser.add_argument("--images", type=positive, default=4, help="test images to compare on")
     add_import_argument(parser)
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
-    )
+    add_opts_argument(parser)
     args = parser.parse_args()
     with user_errors(parser):
         import_modules(args.imports)

@@ -75,7 +75,7 @@ is made from. How strongly each method pulls, and how its weights were chosen:
 
 
 def tables_with_results():
-    """Tables with results of five rows or half of them, with the seeds that half of these have."""
+    """Tables of which five rows or half have results, with the seeds that half of these have."""
     for path in sorted((RESULTS / "tables").glob("*.yaml")):
         table = load_table(path, MAX_SEEDS)
         results = read_results(RESULTS / table.results)

@@ -37,13 +37,13 @@ def _add_dataset_keys(cfg: CN) -> None:
     # Your own data in VOC format: a list of [name, folder, split, [class names]]. The folder holds
     # Annotations/, ImageSets/Main/ and JPEGImages/.
     cfg.DATASETS.VOC = []
-    # What a step sees follows from SEED and its number: the images, their augmentations and the
+    # What a step sees depends on SEED and its number alone: the images, their augmentations and the
     # random numbers. A resumed run then equals one that was not interrupted, with any NUM_WORKERS.
     # False: Detectron2's own loader, whose order starts anew at a resume.
     cfg.DATALOADER.EXACT_RESUME = True
     # How many unreadable images each reading process may skip, with a warning. In training another
-    # image takes the place of one; it yields no prototypes; in evaluation its objects count as
-    # missed. 0: the first one ends the run.
+    # image replaces it; it yields no prototypes; in evaluation its objects count as missed. 0: the
+    # first unreadable image ends the run.
     cfg.DATALOADER.MAX_UNREADABLE_IMAGES = 0
 
 
@@ -144,10 +144,9 @@ def _add_prototype_keys(node: CN) -> None:
     node.PROTOTYPES.NUM = 10
     # Weight of the agreement between the two spaces in the selection (paper: lambda in Eq. 2).
     node.PROTOTYPES.LAMBDA = 10.0
-    # Where a refresh takes its instances from: "pass" (a pass over the data) or "harvest" (what the
-    # training steps since one epoch computed anyway). The first prototypes come from a pass.
-    # "harvest" knows the sizes of boxes in the original image, for MIN_BOX_SIZE, where images are
-    # resized and not cropped.
+    # Where a refresh takes its instances from: "pass" (a pass over the data) or "harvest"
+    # (features that the training steps of the last epoch computed anyway). The first prototypes
+    # come from a pass. With "harvest", MIN_BOX_SIZE is exact where images are resized, not cropped.
     node.PROTOTYPES.REFRESH = "pass"
     # For "harvest": the latest instances of each class that each process keeps, on its device.
     # Memory: 4 bytes x classes x this x channels of all levels in both detectors.
@@ -214,8 +213,9 @@ def _add_globalkd_loss_keys(node: CN) -> None:
     # A ReLU after the adapter. The paper's text has it, the released two-stage code does not: what
     # comes out of an FPN is signed.
     node.FEATURE.ADAPTER_RELU = False
-    # Each instance has the same weight in all, shared by its cells: for objects of very different
-    # size. The paper and the released code give it to each cell, and large objects count for more.
+    # True: all instances have the same weight in total, divided among their cells; for objects of
+    # very different size. False (paper and released code): all cells have the same, and large
+    # objects count for more.
     node.FEATURE.EQUAL_BOXES = False
     # Weight each instance's cells by its reliability, Eq. 8.
     node.FEATURE.USE_RELIABILITY = True
@@ -288,7 +288,8 @@ def _add_comparison_keys(node: CN) -> None:
     node.RKD.RELATIONS = "instances"
     # Weight of the relations to prototypes.
     node.RKD.PROTOTYPE_WEIGHT = 5.0
-    # At most so many instances of a batch span angles, evenly spaced: angles cost their cube.
+    # At most this many instances of a batch, evenly spaced, are used for angles, whose cost grows
+    # with the cube of their number.
     node.RKD.MAX_INSTANCES = 128
 
     node.DEFEAT = CN()
@@ -300,7 +301,7 @@ def _add_comparison_keys(node: CN) -> None:
     node.DEFEAT.POSITIVE_WEIGHT = 0.0
     # Weight of the class predictions on the background.
     node.DEFEAT.NEGATIVE_WEIGHT = 0.0
-    # Temperature of both.
+    # Temperature of both class-prediction terms.
     node.DEFEAT.TEMPERATURE = 1.0
     # Weight each box's cells by its reliability: "+ prototypes" in Table 4.
     node.DEFEAT.USE_RELIABILITY = False
@@ -340,11 +341,11 @@ def _add_comparison_keys(node: CN) -> None:
     node.GID.BOX_WEIGHT = 1.0
     # General instances of an image (paper: K).
     node.GID.NUM_INSTANCES = 10
-    # IoU at which they suppress each other.
+    # IoU above which general instances suppress each other.
     node.GID.NMS_THRESHOLD = 0.3
-    # Least side of one in pixels of the input: smaller boxes are none, such as those in padding.
+    # Smallest side of a general instance in pixels of the input: drops boxes in the padding.
     node.GID.MIN_BOX_SIZE = 10.0
-    # IoU from which on an anchor belongs to one.
+    # Smallest IoU at which an anchor belongs to a general instance.
     node.GID.ANCHOR_THRESHOLD = 0.5
     # Bins per side of RoIAlign.
     node.GID.POOLER_RESOLUTION = 10
@@ -391,7 +392,7 @@ def _add_further_keys(node: CN) -> None:
     node.CWD = CN()
     # Weight of the channels' distributions over the cells (loss "CWD").
     node.CWD.WEIGHT = 50.0
-    # Temperature of these.
+    # Temperature of those distributions.
     node.CWD.TEMPERATURE = 1.0
 
     node.PKD = CN()
@@ -425,7 +426,7 @@ def _add_further_keys(node: CN) -> None:
     node.DKD.TARGET_WEIGHT = 1.0
     # Weight of the other classes' distribution among themselves (beta).
     node.DKD.OTHERS_WEIGHT = 0.25
-    # Temperature of both.
+    # Temperature of both terms.
     node.DKD.TEMPERATURE = 1.0
     # Weight each positive by its reliability.
     node.DKD.USE_RELIABILITY = False

@@ -126,7 +126,7 @@ class _SafeCfgNode(CfgNode):
 
 
 def _refuse_keys_written_twice(filename: str) -> None:
-    """Of two groups of one name YAML keeps the last, and what the first says is lost."""
+    """Refuse two groups of one name: YAML would keep the last and lose what the first says."""
     with PathManager.open(filename) as file:
         nodes = [yaml.compose(file, Loader=yaml.SafeLoader)]
     while nodes:
@@ -247,7 +247,7 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def _check_architecture(name: str) -> None:
-    """A name of none that is registered, but near to one."""
+    """Refuse a name that is not registered but near to one that is: a typing error."""
     known = [registered for registered, _ in META_ARCH_REGISTRY]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     if near and name not in known:

@@ -68,7 +68,7 @@ def tower_widths(head: nn.Module) -> List[int]:
 
 
 def tower_layers(head: nn.Module, depths: Iterable[int]) -> Dict[Tuple[int, int], nn.Module]:
-    """The layers of a RetinaNet head that feed the activation number `depth` (from 1) of a tower.
+    """The layer before the `depth`-th activation (from 1) of each tower of a RetinaNet head.
 
     Returns:
         (depth, tower) -> layer; tower 0 is that of classes, 1 that of boxes.
@@ -81,7 +81,7 @@ def tower_layers(head: nn.Module, depths: Iterable[int]) -> Dict[Tuple[int, int]
 
 
 def finish_tower(head: nn.Module, maps: Sequence[Tensor], tower: int, depth: int) -> List[Tensor]:
-    """What a RetinaNet head makes of what a tower holds at a depth, as its `forward` returns it.
+    """Run the rest of a RetinaNet head's tower, from its `depth`-th activation on.
 
     Args:
         head: with or without gradient.

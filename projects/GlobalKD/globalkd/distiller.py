@@ -72,7 +72,8 @@ class Distiller(nn.Module):
             refresher: makes the prototypes; needed if a loss reads them.
             vis_period: iterations between two pictures of the reliability weights; 0 for none.
 
-        The other arguments are keys of MODEL.GLOBALKD: see `from_config`, and `config.py`.
+        The other arguments are keys of MODEL.GLOBALKD: see `from_config`, and `config.py`. `decay`
+        is "none" here, as "linear" and "cosine" need `max_iter`.
         """
         super().__init__()
         for key, value, allowed in (
@@ -160,7 +161,7 @@ class Distiller(nn.Module):
         )
         names = [p.teacher for p in self.levels]
         self.teacher.read_levels(
-            list(self.teacher.output_shape) if self.read & READ_OF_HEADS else names
+            list(self.teacher.output_shape) if self.reads & READ_OF_HEADS else names
         )
         weighted = self.bank_settings["reliability"] != "none"
         reading = [
@@ -193,7 +194,7 @@ class Distiller(nn.Module):
         self.to(next(student.parameters()).device)
 
     @property
-    def read(self) -> FrozenSet[str]:
+    def reads(self) -> FrozenSet[str]:
         """What of a step's context some loss reads; see `DistillLoss.reads`."""
         return frozenset().union(*(loss.reads for loss in self.losses.values()))
 
@@ -341,7 +342,7 @@ class Distiller(nn.Module):
             teacher=self.teacher,
             bank=self.bank,
             student_dense=student.dense,
-            read=self.read,
+            reads=self.reads,
             hidden_depths=self.hidden_depths,
             iteration=iteration,
             batched_inputs=batched_inputs,

@@ -294,9 +294,9 @@ class InstancePooler(nn.Module):
         Returns:
             (R, D) float32, differentiable in `features`; (0, D) without boxes.
         """
-        pool = self._by_kernel if features.is_cuda else self._by_product
+        average = self._by_kernel if features.is_cuda else self._by_product
         with torch.autocast(features.device.type, enabled=False):
-            return pool(features.float(), rois.float(), 1.0 / stride)
+            return average(features.float(), rois.float(), 1.0 / stride)
 
     def _by_kernel(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
         pooled = roi_align(

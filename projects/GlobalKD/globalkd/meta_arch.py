@@ -66,7 +66,7 @@ class AnchorCandidates(Candidates):
         return dense.flat_logits.flatten(0, 1) if rows is None else dense.logits_at(rows)
 
     def teacher_logits(self, context: DistillContext, rows: Optional[Tensor] = None) -> Tensor:
-        apart = rows is not None and "teacher_dense" not in context.read
+        apart = rows is not None and "teacher_dense" not in context.reads
         if apart and context.teacher.scores_single_anchors:
             return context.teacher.anchor_logits(context.teacher_features, rows, len(self.labels))
         logits = context.teacher_dense.flat_logits.flatten(0, 1)

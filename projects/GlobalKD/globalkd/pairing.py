@@ -237,7 +237,7 @@ def _check_anchored(student: nn.Module, levels: Sequence[str], losses: Sequence[
 
 
 def _bottom_up_prefix(backbone: nn.Module) -> str:
-    """What names of entries in a backbone's bottom-up part begin with: without a pyramid, all."""
+    """Prefix of the entries in a backbone's bottom-up part; without a pyramid, of all of it."""
     for part in ("bottom_up", "net"):  # of FPN, of SimpleFeaturePyramid (ViTDet)
         if isinstance(getattr(backbone, part, None), nn.Module):
             return f"backbone.{part}."

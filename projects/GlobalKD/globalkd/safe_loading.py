@@ -4,7 +4,7 @@ Detectron2's checkpoints are pickles, and a pickle can call any function. `SafeC
 `.pkl` files by an unpickler that knows arrays and plain containers alone, which is all that the
 model zoo's hold, and `.pth` files by PyTorch's loader of tensors. Anything else is refused, unless
 MODEL.GLOBALKD.ALLOW_PICKLE says that the files are trusted. Not here: which weights must be there
-(`teacher`).
+(`teacher/building.py`).
 """
 
 import collections
@@ -94,7 +94,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     @property
     def unused_of_backbone(self) -> List[str]:
         """Entries of a backbone in the file for which the model has no place, sorted."""
-        unexpected = self.incompatible.unexpected_keys
+        unexpected = self.incompatible.unexpected_keys if self.incompatible else []
         return _that_count(key for key in unexpected if key.startswith("backbone."))
 
     def describe_unfilled(self, owner: str) -> str:
@@ -111,6 +111,14 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"config of {owner}"
             )
         return text
+
+    def describe_unused(self, owner: str) -> str:
+        """How many entries of a backbone `owner` ("the teacher") has no place for, and one."""
+        unused = self.unused_of_backbone
+        return (
+            f"holds {len(unused)} entries of a backbone for which {owner} has no place, such as "
+            f"{unused[0]}: those of a deeper one?"
+        )
 
 
 def _that_count(keys: Iterable[str]) -> List[str]:

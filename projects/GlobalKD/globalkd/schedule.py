@@ -20,7 +20,7 @@ class WeightSchedule:
         max_iter: SOLVER.MAX_ITER.
 
     Raises:
-        ValueError: a weight or a decay that is not among these.
+        ValueError: a weight that is not positive, an unknown decay, or one without `max_iter`.
     """
 
     weight: float = 1.0

@@ -21,7 +21,7 @@ from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from torch import nn
 from tqdm import tqdm
 
-from ..engine.command_line import positive
+from ..engine.command_line import add_opts_argument, positive
 from ..meta_arch import is_distilled
 from .curves import draw_curves
 from .runs import final_metrics, first_test_set, load_run, load_teacher, read_config
@@ -180,9 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, help="folder to write; default: compare, beside the first run"
     )
     parser.add_argument("--num-images", type=positive, default=20, help="to measure the speed on")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
-    )
+    add_opts_argument(parser)
 
 
 def main(args: argparse.Namespace) -> None:

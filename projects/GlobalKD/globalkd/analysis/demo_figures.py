@@ -6,10 +6,11 @@ from typing import Dict
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.figure import Figure
 
+from .annotations import dataset_annotations
 from .curves import COLOURS
 from .detections import annotated_instances, detect
 from .error_panels import draw_error_grid
-from .reliability import ambiguity_auc, dataset_reliability
+from .reliability import ambiguity_auc, level_reliability
 from .runs import load_run, read_config
 
 #: Least score of a detection that is drawn.
@@ -44,14 +45,17 @@ def draw_reliability(path, folder: Path) -> Dict[str, float]:
     """
     model = load_run(folder, distiller=True)
     model.distiller.refresh(model)
-    found = dataset_reliability(model, read_config(folder).DATASETS.TEST[0])
-    finest = found.features.levels[0]
-    kinds = sorted(set(found.kinds), key=lambda kind: (kind != "none", kind))
-    labels = [f"{'clean' if k == 'none' else k}\n(n={(found.kinds == k).sum()})" for k in kinds]
-    auc = {k: ambiguity_auc(w, found.ambiguity > 0) for k, w in found.reliability.items()}
+    annotations = dataset_annotations(model, read_config(folder).DATASETS.TEST[0])
+    reliability = level_reliability(model, annotations.features)
+    finest = annotations.features.levels[0]
+    kind_of = annotations.field("ambiguity_kind", "")
+    ambiguous = annotations.field("ambiguity", 0) > 0
+    kinds = sorted(set(kind_of), key=lambda kind: (kind != "none", kind))
+    labels = [f"{'clean' if k == 'none' else k}\n(n={(kind_of == k).sum()})" for k in kinds]
+    auc = {level: ambiguity_auc(weight, ambiguous) for level, weight in reliability.items()}
     figure = Figure(figsize=(10, 3.6), layout="tight")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    boxes = [found.reliability[finest][found.kinds == kind] for kind in kinds]
+    boxes = [reliability[finest][kind_of == kind] for kind in kinds]
     left.boxplot(boxes, tick_labels=labels, showfliers=False)
     left.set(ylabel="reliability", title=f"Reliability weight by kind of instance, level {finest}")
     right.bar(list(auc), list(auc.values()), color=COLOURS["distilled"], alpha=0.8)

@@ -7,7 +7,6 @@ says how ambiguous its instances are, as digit scenes do. Writes reliability.csv
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List
 
@@ -15,6 +14,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from ..engine.command_line import add_opts_argument
 from ..prototypes.bank import RELIABILITIES
 from ..prototypes.structures import PairedFeatures
 from .annotations import dataset_annotations, make_prototypes, training_instances
@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", default="model_final.pth", help="file name in each folder")
     parser.add_argument("--dataset", default="", help="default: the first of DATASETS.TEST")
     parser.add_argument("--output", default="", help="folder to write; default: the first run's")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
-    )
+    add_opts_argument(parser)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -84,39 +82,6 @@ def reliability_report(model: nn.Module, dataset: str) -> List[dict]:
             for level, weight in weights.items()
         ]
     return rows
-
-
-@dataclass
-class AnnotationReliability:
-    """One row for each annotation that was pooled.
-
-    Attributes:
-        features: the paired features and where each row comes from.
-        reliability: level -> (R,) omega of Eq. (8).
-        ambiguity: (R,) how ambiguous the dataset says it is; NaN where it does not say.
-        kinds: (R,) what makes it ambiguous, in words; empty where the dataset does not say.
-    """
-
-    features: PairedFeatures
-    reliability: Dict[str, np.ndarray]
-    ambiguity: np.ndarray
-    kinds: np.ndarray
-
-
-def dataset_reliability(model: nn.Module, dataset: str) -> AnnotationReliability:
-    """Reliability of every annotation of a registered dataset; see `dataset_annotations`.
-
-    Args:
-        model: a distilling meta-architecture with prototypes in its bank.
-        dataset: a registered name.
-    """
-    annotations = dataset_annotations(model, dataset)
-    return AnnotationReliability(
-        features=annotations.features,
-        reliability=level_reliability(model, annotations.features),
-        ambiguity=annotations.field("ambiguity", np.nan).astype(float),
-        kinds=annotations.field("ambiguity_kind", ""),
-    )
 
 
 def level_reliability(

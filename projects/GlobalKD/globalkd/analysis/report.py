@@ -17,6 +17,7 @@ from typing import List, Optional, Sequence, Tuple
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_globalkd_config
+from ..engine.command_line import add_opts_argument
 from ..meta_arch import is_distilled
 from . import audit, compare, discrepancy, gallery, noise
 from .curves import draw_distillation
@@ -167,9 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["compare"],
         help="to compute now; default: compare. None of them: show what is there",
     )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
-    )
+    add_opts_argument(parser)
 
 
 def main(args: argparse.Namespace) -> None:

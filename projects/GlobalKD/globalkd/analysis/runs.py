@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config_reading import fall_back_to_cpu, load_config
 from ..data import register_datasets
+from ..engine.command_line import add_opts_argument
 from ..meta_arch import require_distilled
 from ..safe_loading import SafeCheckpointer
 from ..teacher import Teacher
@@ -29,9 +30,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, part: str, *, dataset: bo
     if dataset:
         parser.add_argument("--dataset", default="", help="default: the first of DATASETS.TEST")
     parser.add_argument("--output", default="", help=f"folder to write; default: RUN/{part}")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
-    )
+    add_opts_argument(parser)
     parser.set_defaults(part=part)
 
 
@@ -66,7 +65,7 @@ def written_config(folder, opts: Sequence[str] = ()) -> CfgNode:
 def read_metrics(folder) -> List[dict]:
     """The records of a run's metrics.json in their order; empty where there is none yet.
 
-    Of a run with several test sets the metrics of the first one have the names of an only one
+    With several test sets, the first one's metrics get the names that a single set's would have
     ("bbox/AP"); those of the others keep theirs ("other_set/bbox/AP").
     """
     path = Path(folder, "metrics.json")
@@ -150,11 +149,8 @@ def load_whole(model: nn.Module, weights: str, *, allow_pickle: bool = False) ->
     needed = "The configuration and its overrides must be what the weights were trained with."
     if checkpointer.unfilled:
         raise ValueError(f"{weights} {checkpointer.describe_unfilled('the detector')}. {needed}")
-    if unused := checkpointer.unused_of_backbone:
-        raise ValueError(
-            f"{weights} holds {len(unused)} entries of a backbone for which the detector has no "
-            f"place, such as {unused[0]}: those of a deeper one? {needed}"
-        )
+    if checkpointer.unused_of_backbone:
+        raise ValueError(f"{weights} {checkpointer.describe_unused('the detector')} {needed}")
     return extra
 
 

@@ -59,11 +59,8 @@ def load_student(
     if unfilled:
         parts = sorted({key.split(".")[0] for key in unfilled})
         text += f"; random: {len(unfilled)} in {', '.join(parts)}"
-    if unused := checkpointer.unused_of_backbone:
-        report.warn(
-            f"MODEL.WEIGHTS ({weights}) holds {len(unused)} entries of a backbone for which the "
-            f"student has no place, such as {unused[0]}: those of a deeper one?"
-        )
+    if checkpointer.unused_of_backbone:
+        report.warn(f"MODEL.WEIGHTS ({weights}) {checkpointer.describe_unused('the student')}")
     return text
 
 

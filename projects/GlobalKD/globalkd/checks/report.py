@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Callable, Iterator, List, Sequence
 from urllib.error import URLError
 
-#: Whose warnings are those of a report.
+#: Loggers whose warnings go into a report.
 LOGGERS = ("globalkd", "detectron2", "fvcore")
-#: Of these not: each entry that a file of weights lacks or has beyond the model's, as `detectors`
-#: tells their number; and late SOLVER.STEPS, of which `check` warns.
+#: Loggers whose warnings do not: they name each entry that a file of weights lacks or has beyond
+#: the model's (`detectors` tells their number), or late SOLVER.STEPS (`check` warns of them).
 SAID_OTHERWISE = ("detectron2.checkpoint", "fvcore.common.checkpoint", "detectron2.solver.build")
 
 
@@ -49,9 +49,9 @@ class CheckReport:
 
     @contextmanager
     def log_warnings(self) -> Iterator[None]:
-        """What is logged as a warning meanwhile, such as dropped boxes, is a warning here.
+        """Turn what this package and Detectron2 log as warnings into warnings of the report.
 
-        That of the package and of Detectron2, but for what the check says in its own words.
+        Such as dropped boxes. Not what the check says in its own words.
         """
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: self.warn(record.getMessage().strip())
@@ -92,6 +92,7 @@ def _is_said_otherwise(record: logging.LogRecord) -> bool:
     return name.startswith(SAID_OTHERWISE)
 
 
-def shortened(names: Sequence[str], count: int = 12) -> str:
+def shortened(names: Sequence[str]) -> str:
     """The first names, and how many there are more."""
+    count = 12
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" * (len(names) > count))

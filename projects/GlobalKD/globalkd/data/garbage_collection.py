@@ -7,10 +7,10 @@ from typing import Iterator
 
 @contextmanager
 def paused_collection() -> Iterator[None]:
-    """Make millions of small objects without being searched for cycles again and again.
+    """Pause the cyclic garbage collector while millions of small objects are made.
 
-    The collector looks through all objects that there are each time their number has grown by a
-    quarter: half the time in which a large COCO file is read. Nothing is freed later but cycles.
+    It looks through all objects that there are each time their number has grown by a quarter: half
+    the time in which a large COCO file is read. Nothing is freed later but cycles.
     """
     was_on = gc.isenabled()
     gc.disable()

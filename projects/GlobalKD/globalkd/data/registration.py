@@ -2,7 +2,8 @@
 
 Here: checks of the entries, the two Detectron2 catalogs, and the removal of boxes that cannot be
 learnt. Not here: the file formats (`voc.py`, `coco_files.py`) and the metrics
-(`engine/evaluation.py`). Files of annotations are read when a dataset is first asked for.
+(`engine/coco_evaluation.py`, `engine/voc_evaluation.py`). Files of annotations are read when a
+dataset is first asked for.
 """
 
 import json
@@ -212,7 +213,7 @@ def make_coordinates_floats(records: List[Dict]) -> None:
 
 
 def _as_floats(numbers: List) -> List:
-    """Floats for integers; a list with a float in it becomes an array of floats in any case."""
+    """Integers as floats. A list with a float in it stays: NumPy makes an array of floats of it."""
     if numbers and isinstance(numbers[0], float):  # the usual case, in which nothing is looked at
         return numbers
     return list(map(float, numbers)) if all(isinstance(x, int) for x in numbers) else numbers

@@ -1,7 +1,7 @@
 """Reads a folder in Pascal VOC layout: any class names, .jpg, .jpeg or .png images.
 
 Here: files -> Detectron2 dataset dicts. Not here: the catalogs (`registration.py`) and the metric
-(`engine/evaluation.py`). Against Detectron2's own loader, which serves the VOC datasets that
+(`engine/voc_evaluation.py`). Against Detectron2's own loader, which serves the VOC datasets that
 Detectron2 registers, it keeps the "difficult" flag, accepts fractional coordinates and missing
 optional tags, and names the file in every error.
 """
@@ -130,8 +130,8 @@ def _read_object(element: ET.Element, class_ids: Dict[str, int]) -> Dict:
 def _require_all_read(root: ET.Element, count: int) -> None:
     """Raise a ValueError where boxes stand elsewhere than in the objects of the root.
 
-    A misspelt tag or a level between would otherwise make an image without objects of it. The boxes
-    of an object's parts are none of objects.
+    A misspelt tag or a level between would otherwise make the image look empty. Boxes of an
+    object's parts do not count.
     """
     boxes, elements = 0, [root]
     while elements:

@@ -68,6 +68,13 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_opts_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--opts KEY VALUE ...`, overrides of a configuration; it takes all that follows it."""
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides; the last option"
+    )
+
+
 def import_modules(names: Sequence[str]) -> None:
     """Import modules by their dotted names, from the working directory or installed.
 

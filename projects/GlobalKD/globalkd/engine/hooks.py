@@ -168,7 +168,7 @@ class NonFiniteCheck(HookBase):
 
 
 class SkippedSteps(HookBase):
-    """Name the steps that were skipped since the distiller did, which is every LOG_PERIOD steps."""
+    """After training, name the skipped steps that the log (every LOG_PERIOD) did not name."""
 
     def after_train(self):
         self.trainer.distiller.non_finite.report()

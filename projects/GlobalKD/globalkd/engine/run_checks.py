@@ -20,8 +20,8 @@ from ..teacher.building import teacher_weights
 logger = logging.getLogger(__name__)
 
 HOLDS_A_RUN = (
-    "OUTPUT_DIR {} holds a run already: without --resume its checkpoints of the same names are "
-    "replaced, and metrics.json goes on behind its records."
+    "OUTPUT_DIR {} holds a run already: without --resume, its checkpoints of the same names are "
+    "replaced, and new records are appended to its metrics.json."
 )
 
 

@@ -94,8 +94,8 @@ class RunState:
     def load_state_dict(self, state: dict) -> None:
         if self.seed is not None and state["seed"] is not None:
             self.seed, self.goes_on = state["seed"], True
-            self.batches = state.get("batches")
-        before = state.get("settings", {})  # checkpoints of earlier commits may lack both
+            self.batches = state["batches"]
+        before = state["settings"]
         self.changed = {k: before[k] for k, v in self.settings.items() if before.get(k, v) != v}
         processes, rank = state["processes"], comm.get_rank()
         if len(processes) != comm.get_world_size():

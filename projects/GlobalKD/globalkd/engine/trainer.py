@@ -58,9 +58,9 @@ from .wandb_writer import WandbWriter
 
 logger = logging.getLogger(__name__)
 
-#: What comes from the checkpoint in any case.
+#: Settings that a resume takes from the checkpoint, whatever the config says.
 OF_THE_OPTIMIZER = ("SOLVER.BASE_LR", "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY")
-#: Of the settings that a resumed run finds changed, so many are listed.
+#: At most this many changed settings are listed at a resume.
 _SHOWN = 10
 
 

@@ -9,6 +9,9 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
+#: Iterations over which scalars are median-smoothed.
+_SMOOTHED = 20
+
 
 class WandbWriter(EventWriter):
     """Sends scalars, smoothed as Detectron2's other writers do, and images.
@@ -17,11 +20,10 @@ class WandbWriter(EventWriter):
     storage of its images.
     """
 
-    def __init__(self, cfg: CfgNode, window_size: int = 20):
+    def __init__(self, cfg: CfgNode):
         """
         Args:
             cfg: WANDB and OUTPUT_DIR are read; all of it is stored with the run.
-            window_size: iterations over which scalars are median-smoothed.
 
         Raises:
             ModuleNotFoundError: the package `wandb` is not installed.
@@ -40,16 +42,14 @@ class WandbWriter(EventWriter):
             dir=cfg.OUTPUT_DIR,
             config=_plain(cfg),
         )
-        self._window_size = window_size
         self._last_write = -1
 
     def write(self) -> None:
         """Send what is new since the last call."""
         storage = get_event_storage()
         by_iteration = {}
-        for name, (value, iteration) in storage.latest_with_smoothing_hint(
-            self._window_size
-        ).items():
+        scalars = storage.latest_with_smoothing_hint(_SMOOTHED)
+        for name, (value, iteration) in scalars.items():
             if iteration > self._last_write:
                 by_iteration.setdefault(iteration, {})[name] = value
         for name, image, iteration in storage._vis_data:

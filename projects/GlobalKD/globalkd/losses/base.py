@@ -119,8 +119,8 @@ class DistillContext:
         pooler: RoIAlign of the instances.
         teacher: the frozen detector.
         student_dense: the outputs of the student's dense head; None where it has none.
-        read: what of `READ` some loss reads. With "predictions" the teacher's head runs on all rows
-            at once, with "teacher_dense" on all anchors, and `responses` are picked from there.
+        reads: what of `READ` some loss reads. With "predictions" the teacher's head runs on all
+            rows at once, with "teacher_dense" on all anchors; `responses` are picked from there.
         hidden_depths: what `hidden` of both detectors' dense outputs has.
         iteration: of the training.
         batched_inputs: the student's input.
@@ -139,7 +139,7 @@ class DistillContext:
     teacher: Teacher
     bank: Optional[PrototypeBank] = None
     student_dense: Optional[DenseOutputs] = None
-    read: FrozenSet[str] = frozenset()
+    reads: FrozenSet[str] = frozenset()
     hidden_depths: Sequence[int] = ()
     iteration: int = 0
     batched_inputs: List[dict] = field(default_factory=list)
@@ -212,7 +212,7 @@ class DistillContext:
         """Both detectors' class predictions on the positives; each head ran once."""
         self._require_heads()
         rows = self.positives.rows
-        if "predictions" in self.read:
+        if "predictions" in self.reads:
             student, teacher = self.predictions.student[rows], self.predictions.teacher[rows]
         else:
             student = self.candidates.student_logits(self, rows)
@@ -226,7 +226,7 @@ class DistillContext:
         )
 
     def _require_heads(self) -> None:
-        if not self.read & READ_OF_HEADS:
+        if not self.reads & READ_OF_HEADS:
             raise ValueError(
                 "A loss reads what the teacher's heads say, and none names it in its `reads`: one "
                 f"of {sorted(READ_OF_HEADS)}. Without it the pair of detectors was not checked."

@@ -20,7 +20,7 @@ from .anchored_sum import AnchoredSum
 def to_padded(
     rows: Sequence[Tensor], image_index: Tensor, num_images: int, num_slots: int
 ) -> Tuple[List[Tensor], Tensor]:
-    """Put flat rows into one slot an image, filled up with zeros.
+    """Group flat rows by image, each image filled up with zeros to `num_slots` rows.
 
     Args:
         rows: tensors (R, ...) of the same rows; images in any order, an image's rows keep theirs.

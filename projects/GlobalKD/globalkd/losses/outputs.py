@@ -105,7 +105,7 @@ class Candidates(ABC):
         """The teacher's logits for all rows, or for the given ones; without gradient."""
 
     def aliased(self, alias: Callable[[Tensor], Tensor]) -> "Candidates":
-        """The same, with another name for each tensor of its own that has a gradient."""
+        """A copy with `alias(x)` in the place of each tensor x of its own that has a gradient."""
         return self
 
 

@@ -20,7 +20,7 @@ _WITHOUT_EFFECT = ("FILE", "FEATURE_DIR", "REFRESH", "REFRESH_EPOCHS", "RESERVOI
 _WEIGHTS = ("teacher_weights", "student_weights")
 
 
-def settings_of(cfg: CfgNode) -> Dict[str, Any]:
+def fingerprint_settings(cfg: CfgNode) -> Dict[str, Any]:
     """Everything in a config that decides which prototypes come out, files by their names."""
     node = cfg.MODEL.GLOBALKD
     return {

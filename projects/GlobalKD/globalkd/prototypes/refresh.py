@@ -37,7 +37,7 @@ from .extraction import (
     extraction_records,
     usable_boxes,
 )
-from .fingerprint import settings_of, with_contents
+from .fingerprint import fingerprint_settings, with_contents
 from .generation import check_settings, generate_prototypes, rows_by_class
 from .reservoir import InstanceReservoir
 from .settings import GenerationSettings, ImageSource
@@ -103,7 +103,7 @@ class PrototypeRefresher:
             "mode": node.PROTOTYPES.REFRESH,
             "reservoir_size": node.PROTOTYPES.RESERVOIR_SIZE,
             "file": node.PROTOTYPES.FILE,
-            "settings": settings_of(cfg),
+            "settings": fingerprint_settings(cfg),
         }
 
     @cached_property

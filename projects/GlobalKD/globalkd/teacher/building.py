@@ -190,12 +190,11 @@ def load_teacher_weights(
         )
     else:
         logger.info(f"Teacher: every entry loaded from {weights}.")
-    unused = checkpointer.unused_of_backbone
-    if unused and not allow_random:
+    if checkpointer.unused_of_backbone and not allow_random:
         raise ValueError(
-            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) holds {len(unused)} entries of a backbone "
-            f"for which the teacher's config has no place, such as {unused[0]}. Of another depth, "
-            "perhaps? Give the config that the weights were trained with."
+            f"MODEL.GLOBALKD.TEACHER.WEIGHTS ({weights}) "
+            f"{checkpointer.describe_unused('the teacher')} Give the config that the weights were "
+            "trained with."
         )
 
 
