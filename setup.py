@@ -14,8 +14,8 @@ setup(
     packages=find_packages("projects/GlobalKD"),
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.5",
+        "torchvision>=0.20",
         # Detectron2 is not on the package index: tools/install_detectron2.py or upstream's build.
         "setuptools<81",  # Detectron2 imports pkg_resources
         "fvcore>=0.1.5,<0.1.6",

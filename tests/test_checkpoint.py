@@ -1,8 +1,11 @@
 """Checkpoints are whole or not there, and say what is wrong with them."""
 
+import contextlib
+import errno
 import logging
 import os
 import signal
+import stat
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +52,24 @@ def test_a_full_disk_is_told_and_the_older_checkpoint_stays(saver, tmp_path):
         saver.save("new")
     assert sorted(os.listdir(tmp_path)) == ["good.pth", "last_checkpoint"]
     assert resume(saver) == {"iteration": 4}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_synchronised_is_no_full_disk(saver, monkeypatch, number):
+    """Some network file systems refuse it; an error of the disk is one."""
+    synchronise = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        synchronise(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    refused = pytest.raises(OSError, match="could not be written")
+    with refused if number == errno.EIO else contextlib.nullcontext():
+        saver.save("better", iteration=7)
+    assert resume(saver)["iteration"] == (4 if number == errno.EIO else 7)
 
 
 @pytest.mark.faults

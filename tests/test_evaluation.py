@@ -394,6 +394,33 @@ def test_ids_of_annotations_do_not_change_the_numbers(
     assert_equal(evaluate(other, "other", predict), evaluate(usual, "mine", predict))
 
 
+@pytest.mark.parametrize(
+    "new_id",
+    [lambda i: 2**53 + i, lambda i: 20230101123456001 + i, lambda i: 2**62 + 7 * i, lambda i: -i],
+)
+def test_ids_of_images_do_not_change_the_numbers(cfg, tmp_path, new_id):
+    """faster-coco-eval reads them as doubles: neighbours from 2^53 on would be one image."""
+    entry = write_coco(tmp_path, ambiguous=True)
+    content = json.loads(Path(entry[1]).read_text())
+    for record in content["images"]:
+        record["id"] = new_id(record["id"])
+    for annotation in content["annotations"]:
+        annotation["image_id"] = new_id(annotation["image_id"])
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    register_datasets_of(cfg, coco=[entry, ["other", str(tmp_path / "other.json"), entry[2]]])
+
+    def predict(record):
+        seed = sum(map(ord, record["file_name"]))
+        return noisy_detections(record, np.random.default_rng(seed), num_classes=3)
+
+    usual, other = build_evaluator(cfg, "mine"), build_evaluator(cfg, "other")
+    assert evaluate(other, "other", truth_as_detections)["AP"] == pytest.approx(100)
+    assert evaluate(other, "other", lambda record: truth_as_detections(record)[:0])["AP"] == 0
+    expected = evaluate(usual, "mine", predict)
+    assert_equal(evaluate(other, "other", predict), expected)
+    assert 5 < expected["AP"] < 95 and "AP-ambiguous" in expected
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_voc_numbers_equal_detectron2(cfg, tmp_path, seed):
     write_voc(tmp_path / "voc", seed=seed)

@@ -4,6 +4,7 @@ Eq. (5) and the "coefficients" of Eq. (8) are in `test_prototype_bank`.
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from toy_step import (
     toy_step,
 )
 
-from globalkd.losses import FeatureKnowledge, GlobalKnowledge, ResponseKnowledge
+from globalkd.losses import RKD, FeatureKnowledge, GlobalKnowledge, ResponseKnowledge
 from globalkd.losses.divergence import sigmoid_kl
 
 both_heads = pytest.mark.parametrize("one_stage", [True, False], ids=["retinanet", "rcnn"])
@@ -79,6 +80,33 @@ def test_global_knowledge_is_equation_6(scope, penalty, use_reliability):
     assert max(gaps) > 1 and 0 < mean(terms) < max(terms)
     loss = GlobalKnowledge(scope=scope, penalty=penalty, use_reliability=use_reliability)
     close(evaluate(attach(loss, context), context)["loss_kd_global"], mean(terms))
+
+
+@pytest.mark.parametrize("scope", ["class", "all"])
+def test_classes_without_prototypes_do_not_count_in_global_knowledge(scope):
+    bank = toy_bank()
+    context = toy_step(bank=bank)
+    kinds = context.instances.classes
+    without = int(kinds[0])
+    for level in bank.levels.values():
+        level.valid[without] = False
+    bank._prepare()
+    expected = []
+    for level in STRIDES:
+        for row, label in enumerate(kinds.tolist()):
+            if scope == "class" and label == without:
+                continue
+            student, teacher = coefficients(context, level, row)
+            gap = {k: student[k] - teacher[k] for k in student if k[0] != without}
+            gap = [g for k, g in gap.items() if scope == "all" or k[0] == label]
+            expected.append(sum(0.5 * g * g for g in gap) / (CLASSES - 1 if scope == "all" else 1))
+    assert without in kinds and (kinds != without).any()
+    loss = GlobalKnowledge(scope=scope, use_reliability=False)
+    close(evaluate(attach(loss, context), context)["loss_kd_global"], mean(expected))
+    if scope == "all":
+        loss = RKD(relations="prototypes")
+        found = evaluate(attach(loss, context), context)["loss_kd_rkd_prototypes"]
+        close(found, mean(expected))  # smooth L1 is half the square up to 1
 
 
 def weight_of_cell(context, level, image, y, x, use_reliability):
@@ -151,3 +179,27 @@ def test_the_binary_divergence_is_cross_entropy_less_entropy():
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
     alike = torch.tensor([[-90.0, -17.0, -3.0, 0.0, 3.0, 17.0, 90.0]])
     assert sigmoid_kl(alike, alike, 1.0).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(50, 7), (2, 3, 7, 5), (0, 4)])
+def test_parts_of_the_binary_divergence_are_the_whole(shape, dtype, monkeypatch):
+    s, t, factor = torch.randn(shape), torch.randn(shape), torch.rand(shape[:-1])
+    results = []
+    for at_a_time in (1 << 20, 16, 1):  # all rows, a few, one
+        monkeypatch.setattr("globalkd.losses.divergence._AT_A_TIME", at_a_time)
+        ours = s.to(dtype).requires_grad_()
+        found = sigmoid_kl(ours, t.to(dtype), 2.0)
+        (gradient,) = torch.autograd.grad((found * factor).sum(), ours)
+        assert found.dtype == torch.float32 and gradient.dtype == dtype
+        results.append((found, gradient))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.faults
+def test_a_softmax_over_a_single_class_is_refused():
+    responses = SimpleNamespace(student=torch.zeros(3, 1), teacher=torch.ones(3, 1), one_stage=True)
+    loss = ResponseKnowledge(one_stage="softmax", use_reliability=False)
+    with pytest.raises(ValueError, match="ONE_STAGE is 'softmax'.*set it to 'sigmoid'"):
+        loss(SimpleNamespace(responses=responses))

@@ -39,6 +39,16 @@ def test_always_due_without_prototypes(tiny_cfg):
     assert model.distiller.refresher.is_due(17, model.distiller.bank)
 
 
+@pytest.mark.faults
+def test_features_of_which_none_can_be_a_prototype_end_the_run(tiny_cfg):
+    """Else each step would begin with another pass over the data."""
+    model = build(tiny_cfg("rcnn"))
+    for parameter in model.backbone.parameters():
+        parameter.data.zero_()
+    with pytest.raises(ValueError, match=r"can become a prototype: .*MODEL\.WEIGHTS"):
+        model.distiller.prepare(model, 0)
+
+
 def test_a_second_preparation_of_an_iteration_does_nothing(tiny_cfg):
     model = build(tiny_cfg("rcnn"))
     model.distiller.prepare(model, 0)

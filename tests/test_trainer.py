@@ -5,6 +5,7 @@ import json
 import logging
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,16 +19,17 @@ from detectron2.data import (
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import AMPTrainer
 from detectron2.engine.hooks import BestCheckpointer
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from globalkd.config_reading import check_config, fall_back_to_cpu
+from globalkd.config_reading import check_config, fall_back_to_cpu, leaves
 from globalkd.data import register_datasets
 from globalkd.data.registration import first_images
 from globalkd.data.resumable_loader import ResumableLoader
 from globalkd.engine import trainer as trainer_module
 from globalkd.engine.checkpoint import AtomicCheckpointer
 from globalkd.engine.launching import held_messages, is_connection_lost
-from globalkd.engine.run_checks import check_device, scale_to_processes
+from globalkd.engine.run_checks import check_device, check_evaluations, scale_to_processes
 from globalkd.engine.trainer import (
     DistillTrainer,
     check_classes,
@@ -276,9 +278,14 @@ def test_a_schedule_for_more_processes_is_scaled_as_a_whole(cfg):
     cfg.merge_from_list(changed)
     scaled = scale_to_processes(cfg, 1)
     assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.MAX_ITER) == (2, 360)
-    node = scaled.MODEL.GLOBALKD
-    assert (node.WARMUP_ITERS, node.STOP_ITER, cfg.MODEL.GLOBALKD.STOP_ITER) == (40, 240, 60)
+    before, after = (dict(leaves(x.MODEL.GLOBALKD)) for x in (cfg, scaled))
+    counted = {key for key in before if key.endswith("_ITER") or key.endswith("_ITERS")}
+    assert {"WARMUP_ITERS", "STOP_ITER", "ICD.START_ITER"} <= counted
+    assert all(after[key] == 4 * before[key] > 0 for key in counted)
+    assert all(after[key] == before[key] for key in before.keys() - counted)
     assert scale_to_processes(scaled, 1) is scaled and scale_to_processes(cfg, 4) is cfg
+    cfg.MODEL.GLOBALKD.STOP_ITER = 1
+    assert scale_to_processes(cfg, 16).MODEL.GLOBALKD.STOP_ITER == 1  # 0 would be never
     cfg.SOLVER.IMS_PER_BATCH = 6
     with pytest.raises(ValueError, match="IMS_PER_BATCH is 6; .*REFERENCE_WORLD_SIZE, 4"):
         scale_to_processes(cfg, 1)
@@ -315,6 +322,54 @@ def test_a_hook_of_a_subclass_saves_whole_checkpoints(cfg):
     assert trainer.kept._checkpointer is trainer.checkpointer
     assert isinstance(trainer.checkpointer, AtomicCheckpointer)
     assert {"distiller", "run"} <= set(trainer.checkpointer.checkpointables)
+
+
+@pytest.mark.parametrize("processes, whole", [(1, True), (2, False)])
+def test_what_the_first_process_saves_alone_is_not_resumed_from(cfg, monkeypatch, processes, whole):
+    """A hook such as BestCheckpointer has one process's reservoir and statistics."""
+    register_datasets(cfg)
+    trainer = DistillTrainer(cfg)
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    trainer.checkpointer.save("model_best")
+    assert Path(cfg.OUTPUT_DIR, "model_best.pth").exists()
+    assert trainer.checkpointer.has_checkpoint() == whole
+    monkeypatch.setattr(comm, "gather", lambda x: [x, x])
+    trainer.run_state.collect()
+    trainer.checkpointer.save("model_0000001")
+    assert trainer.checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
+
+
+@pytest.mark.faults
+def test_there_must_be_something_to_evaluate_a_teacher_on(cfg):
+    cfg.DATASETS.TEST, cfg.MODEL.GLOBALKD.TEACHER.EVAL_IMAGES = (), 5
+    with pytest.raises(ValueError, match="EVAL_IMAGES is 5, and DATASETS.TEST is empty"):
+        DistillTrainer(cfg)
+
+
+def test_augmentation_in_evaluations_is_not_left_out_without_a_word(cfg, caplog):
+    cfg.TEST.AUG.ENABLED = True
+    check_evaluations(cfg)
+    assert "TEST.AUG.ENABLED has no effect" in caplog.text
+
+
+def test_the_teacher_is_evaluated_as_a_subclass_evaluates(cfg):
+    class Own(DistillTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            return Counted()
+
+    class Counted(DatasetEvaluator):
+        def reset(self):
+            self.seen = 0
+
+        def process(self, inputs, outputs):
+            self.seen += len(outputs)
+
+        def evaluate(self):
+            return {"seen": self.seen}
+
+    register_datasets(cfg)
+    assert Own(cfg).evaluate_teacher(3) == {"seen": 3}
 
 
 @pytest.mark.faults

@@ -7,6 +7,7 @@ terms of a step (`terms`).
 import math
 import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import Callable, Dict
@@ -65,7 +66,8 @@ def peak_memory(device: str) -> float:
     """GiB: the largest amount so far, of the GPU's memory or else of the process's."""
     if on_gpu(device):
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Linux counts in KiB
 
 
 @dataclass

@@ -57,7 +57,7 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> None:
         records = DatasetCatalog.get(name)
         if isinstance(records, Sized):  # an iterable dataset does not know its length
             require_images(len(records), name)
-            if MetadataCatalog.get(name).get("evaluator_type") == "coco":
+            if MetadataCatalog.get(name).get("evaluator_type", "coco") == "coco":
                 require_integer_ids([record.get("image_id") for record in records], name)
     check_classes(cfg)
     check_num_classes(cfg)

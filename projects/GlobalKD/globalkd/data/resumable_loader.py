@@ -123,6 +123,8 @@ def _shield(then: Optional[Callable], worker_id: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):  # or the training could not end them either
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     if then is not None:
         then(worker_id)
 

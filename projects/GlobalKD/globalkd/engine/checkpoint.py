@@ -4,6 +4,7 @@ Not here: what goes into them (`DistillTrainer`) and when they are written (`hoo
 """
 
 import contextlib
+import errno
 import os
 import zipfile
 from textwrap import shorten
@@ -33,6 +34,9 @@ class AtomicCheckpointer(SafeCheckpointer):
     def save(self, name: str, **kwargs) -> None:
         """Write the model and the checkpointables to `{name}.pth`, then name it in last_checkpoint.
 
+        It is not named there if a checkpointable has an `is_whole` that is False: a run could not
+        go on from it as it was. So it is where a hook of the first process alone saves.
+
         Args:
             name: of the file, without its ending.
             kwargs: extra data to save.
@@ -42,11 +46,13 @@ class AtomicCheckpointer(SafeCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        whole = all(getattr(v, "is_whole", True) for v in self.checkpointables.values())
         state = {k: v.state_dict() for k, v in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **state, **kwargs}
         self.logger.info(f"Saving checkpoint to {os.path.join(self.save_dir, name)}.pth")
         self._write(f"{name}.pth", lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(f"{name}.pth")
+        if whole:
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         content = last_filename_basename.encode()
@@ -111,6 +117,9 @@ def _sync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot, and need not
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import math
-from typing import Any, List, Type
+from typing import Any, Dict, List, Type
 from unittest import mock
 
 from detectron2.evaluation import COCOEvaluator
@@ -19,6 +19,9 @@ from ..data.coco_files import COCOFile
 from ..data.config_checks import require_images, require_integer_ids
 
 logger = logging.getLogger(__name__)
+
+#: From here on not every integer is a double.
+_EXACT = 2**53
 
 
 class FastCOCOEvaluator(COCOEvaluator):
@@ -60,7 +63,7 @@ class FastCOCOEvaluator(COCOEvaluator):
         if any("segmentation" in x for image in predictions for x in image["instances"]):
             self._leave_out_boxes_without_mask()
         # Detectron2 takes its fast COCOeval from a module variable; exchanged for this call only.
-        with mock.patch.object(detectron2_coco, "COCOeval_opt", FasterCOCOeval):
+        with mock.patch.object(detectron2_coco, "COCOeval_opt", _Evaluation):
             super()._eval_predictions(predictions, img_ids)
 
     def _leave_out_other_classes(self, predictions: List[dict]) -> None:
@@ -98,6 +101,30 @@ class FastCOCOEvaluator(COCOEvaluator):
         return results
 
 
+class _Evaluation(FasterCOCOeval):
+    """faster-coco-eval for image ids of any size; by itself it reads them as doubles."""
+
+    def __init__(self, truth: COCO, found: COCO, iou_type: str):
+        if any(abs(image) >= _EXACT for image in truth.imgs):
+            numbers = {image: number for number, image in enumerate(sorted(truth.imgs), 1)}
+            truth, found = _renumbered(truth, numbers), _renumbered(found, numbers)
+        super().__init__(truth, found, iou_type)
+
+
+def _renumbered(coco: COCO, numbers: Dict[int, int]) -> COCO:
+    """A copy with other ids for its images."""
+    images, annotations = (coco.dataset.get(key, []) for key in ("images", "annotations"))
+    copy = COCO()
+    copy.dataset = {
+        **coco.dataset,
+        "images": [{**x, "id": numbers[x["id"]]} for x in images],
+        "annotations": [{**x, "image_id": numbers[x["image_id"]]} for x in annotations],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        copy.createIndex()
+    return copy
+
+
 def fill_areas(annotations: List[dict], name: str) -> None:
     """Give each annotation without an area that of its box, in place.
 
@@ -127,7 +154,7 @@ def _evaluate_nothing(truth: COCO, iou_type: str) -> COCOeval:
     nothing.dataset = {**truth.dataset, "annotations": []}
     with contextlib.redirect_stdout(io.StringIO()):
         nothing.createIndex()
-        evaluation = FasterCOCOeval(truth, nothing, iou_type)
+        evaluation = _Evaluation(truth, nothing, iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -66,6 +66,24 @@ def warn_of_idle_teacher(cfg: CfgNode) -> None:
         )
 
 
+def check_evaluations(cfg: CfgNode) -> None:
+    """Raise a ValueError where there is nothing to evaluate a teacher on; warn of what is not done.
+
+    Detectron2's own trainer leaves test-time augmentation to its script, and so does this one.
+    """
+    count = cfg.MODEL.GLOBALKD.TEACHER.EVAL_IMAGES
+    if count > 0 and is_distilled(cfg) and not cfg.DATASETS.TEST:
+        raise ValueError(
+            f"MODEL.GLOBALKD.TEACHER.EVAL_IMAGES is {count}, and DATASETS.TEST is empty: there is "
+            "nothing to evaluate the teacher on."
+        )
+    if cfg.TEST.AUG.ENABLED:
+        logger.warning(
+            "TEST.AUG.ENABLED has no effect: evaluations here do without test-time augmentation. "
+            "The exported student can be given to Detectron2's GeneralizedRCNNWithTTA."
+        )
+
+
 def check_device(cfg: CfgNode) -> None:
     """Raise a ValueError where several processes are to train on what they cannot talk about."""
     several = comm.get_world_size() > 1
@@ -104,9 +122,11 @@ def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_processes)
     if scaled is not cfg:
         scaled.defrost()
-        for key in ("WARMUP_ITERS", "STOP_ITER"):
-            iterations = cfg.MODEL.GLOBALKD[key] * solver.REFERENCE_WORLD_SIZE / num_processes
-            scaled.MODEL.GLOBALKD[key] = round(iterations)
+        node, factor = scaled.MODEL.GLOBALKD, solver.REFERENCE_WORLD_SIZE / num_processes
+        node.WARMUP_ITERS = round(node.WARMUP_ITERS * factor)
+        node.ICD.START_ITER = round(node.ICD.START_ITER * factor)
+        if node.STOP_ITER:  # 0 would be "never"
+            node.STOP_ITER = max(round(node.STOP_ITER * factor), 1)
         if cfg.is_frozen():
             scaled.freeze()
     return scaled

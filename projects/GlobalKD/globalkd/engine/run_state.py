@@ -71,6 +71,11 @@ class RunState:
         self.goes_on = False
         self._collected: List[dict] = []
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether `state_dict` gives every process's part now."""
+        return bool(self._collected) or comm.get_world_size() == 1
+
     def collect(self) -> None:
         """Bring every process's part to the first one. All processes must call it before a save."""
         collected = comm.gather(self._own())

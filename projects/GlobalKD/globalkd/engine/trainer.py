@@ -48,6 +48,7 @@ from .run_checks import (
     HOLDS_A_RUN,
     check_batch,
     check_device,
+    check_evaluations,
     check_output,
     check_schedule,
     scale_to_processes,
@@ -78,6 +79,7 @@ class DistillTrainer(DefaultTrainer):
         check_schedule(cfg)
         check_output(cfg)
         warn_of_idle_teacher(cfg)
+        check_evaluations(cfg)
         check_data(cfg)  # before anything that takes long
         if self._evaluates_by_itself():
             for name in cfg.DATASETS.TEST:
@@ -180,12 +182,10 @@ class DistillTrainer(DefaultTrainer):
         teacher_cfg = self.cfg.clone()
         teacher_cfg.defrost()
         teacher_cfg.INPUT.FORMAT = self.distiller.teacher.input_format
-        loader = build_detection_test_loader(teacher_cfg, name)
-        shield_workers(loader)
-        folder = os.path.join(self.cfg.OUTPUT_DIR, "teacher")
-        return inference_on_dataset(
-            self.distiller.teacher.model, loader, build_evaluator(self.cfg, name, folder)
-        )
+        teacher_cfg.OUTPUT_DIR = os.path.join(self.cfg.OUTPUT_DIR, "teacher")
+        loader = self.build_test_loader(teacher_cfg, name)
+        evaluator = self.build_evaluator(teacher_cfg, name)
+        return inference_on_dataset(self.distiller.teacher.model, loader, evaluator)
 
     @classmethod
     def build_train_loader(cls, cfg, mapper: Optional[Callable] = None):

@@ -53,10 +53,14 @@ def general_instances(
     Returns:
         (G, 5) rows of image index, ascending, and XYXY_ABS box.
     """
-    ours, theirs = student.flat_logits.float().sigmoid(), teacher.flat_logits.float().sigmoid()
-    score = (theirs - ours).abs().amax(dim=-1)
+    scores, trusts = [], []
+    for ours, theirs in zip(student.logits.values(), teacher.logits.values()):
+        ours, theirs = ours.float().sigmoid(), theirs.float().sigmoid()
+        trusts.append((theirs.amax(dim=-1) > ours.amax(dim=-1)).flatten(1))
+        scores.append(theirs.sub_(ours).abs_().amax(dim=-1).flatten(1))
+    score = torch.cat(scores, dim=1)
     score, index = score.topk(min(BEFORE_NMS, score.shape[1]), dim=1)  # (N, k)
-    trusted = (theirs.amax(dim=-1) > ours.amax(dim=-1)).gather(1, index)
+    trusted = torch.cat(trusts, dim=1).gather(1, index)
     boxes = torch.where(trusted[..., None], _decode(teacher, index), _decode(student, index))
     sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes]).to(boxes, non_blocking=True)
     boxes = boxes.clamp_min(0).minimum(sizes[:, None]).flatten(0, 1)
@@ -229,7 +233,7 @@ class GID(DistillLoss):
         rows = mask.flatten().nonzero().squeeze(1)  # few of all anchors
         count, terms = max(len(rows), 1), {}
         if "loss_kd_gid_class" in self.weights:
-            logits = (x.flat_logits.flatten(0, 1)[rows] for x in (ours, theirs))
+            logits = (x.logits_at(rows) for x in (ours, theirs))
             terms["loss_kd_gid_class"] = sigmoid_kl(*logits, 1.0).sum() / count
         if "loss_kd_gid_box" in self.weights:
             s, t = (x.flat_deltas.flatten(0, 1)[rows].float() for x in (ours, theirs))

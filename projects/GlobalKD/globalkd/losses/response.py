@@ -47,6 +47,11 @@ class ResponseKnowledge(DistillLoss):
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         responses = context.responses
         divergence = self.one_stage_divergence if responses.one_stage else softmax_kl
+        if responses.student.shape[1] == 1 and divergence is softmax_kl:
+            raise ValueError(
+                "RESPONSE.ONE_STAGE is 'softmax', and the softmax of a single class is 1 whatever "
+                "the detectors say: set it to 'sigmoid'."
+            )
         rows = divergence(responses.student, responses.teacher, self.temperature)
         if self.use_reliability:
             rows = rows * context.response_reliability

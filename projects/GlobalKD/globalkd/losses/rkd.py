@@ -138,9 +138,10 @@ class RKD(DistillLoss):
 
     def forward(self, context: DistillContext) -> Dict[str, Tensor]:
         if "bank" in self.reads:
-            weights = context.instances.boxes.new_ones(len(context.levels), len(context.instances))
-            term = coefficient_loss(*project(context, "all"), weights, "smooth_l1")
-            return {"loss_kd_rkd_prototypes": term / context.bank.num_classes}
+            student, teacher, count = project(context, "all")
+            ones = student.new_ones(student.shape[:2])
+            term = coefficient_loss(student, teacher, ones, count, "smooth_l1")
+            return {"loss_kd_rkd_prototypes": term}
         totals = {name: [] for name in self.weights}
         measures = {"loss_kd_rkd_distance": distance_loss, "loss_kd_rkd_angle": self._angle_loss}
         for pair in context.levels:

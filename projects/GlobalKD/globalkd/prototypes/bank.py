@@ -108,6 +108,10 @@ class PrototypeBank(nn.Module):
         """(K, P) bool, which slots hold a prototype."""
         return self.levels[level].valid
 
+    def covered(self, levels: Sequence[str]) -> Tensor:
+        """(L, K) bool, which classes have a prototype on each level."""
+        return torch.stack([self.valid(level) for level in levels]).any(dim=2)
+
     def project(
         self,
         teacher: Dict[str, Tensor],

@@ -270,6 +270,12 @@ class PrototypeRefresher:
         if prototypes is not None:
             bank.update(prototypes)
         bank.broadcast()
+        if not bank.is_ready:  # or each step would begin with another pass
+            raise ValueError(
+                "None of the instance features can become a prototype: all are (almost) zero in "
+                "one of the two feature spaces. Are the student's weights (MODEL.WEIGHTS) and the "
+                "teacher's those of a trained backbone?"
+            )
         if prototypes is not None:
             _log_refresh(prototypes.counts, bank, extracted - start, time.perf_counter() - start)
         return prototypes
