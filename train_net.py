@@ -66,15 +66,17 @@ def evaluate(cfg, args):
             raise ValueError(
                 f"--resume: OUTPUT_DIR ({cfg.OUTPUT_DIR}) has no checkpoint; give MODEL.WEIGHTS."
             )
-    elif not cfg.MODEL.WEIGHTS:
-        logger.warning("MODEL.WEIGHTS is empty: what is evaluated has random weights.")
     else:
-        require_weights("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+        if cfg.MODEL.WEIGHTS:
+            require_weights("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+        else:
+            logger.warning("MODEL.WEIGHTS is empty: what is evaluated has random weights.")
         trained = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
         if os.path.isfile(trained) and "MODEL.WEIGHTS" not in args.opts:
             logger.warning(
                 f"What is evaluated are the weights that the configuration names, "
-                f"{cfg.MODEL.WEIGHTS}. For the result of the training add MODEL.WEIGHTS {trained}."
+                f"{cfg.MODEL.WEIGHTS or 'none'}. For the result of the training add MODEL.WEIGHTS "
+                f"{trained}."
             )
     alone = cfg.clone()
     alone.defrost()
@@ -105,7 +107,9 @@ def main(args):
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         replace_config(trainer)
-    with full_disk_told(cfg.OUTPUT_DIR):
+    # What the first step alone finds out, such as boxes too small for prototypes, is input as well.
+    before = user_errors_of_a_run(cfg.OUTPUT_DIR, lambda: trainer.iter == trainer.start_iter)
+    with before, full_disk_told(cfg.OUTPUT_DIR):
         return trainer.train()
 
 

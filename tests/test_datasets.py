@@ -249,6 +249,14 @@ def test_boxes_of_no_area_or_outside_the_image_are_dropped_and_counted(tmp_path,
     assert all(x.endswith(f"in 1 images: {tmp_path}/a.png") for x in ours)
 
 
+@pytest.mark.parametrize("boxes, warned", [([[0.1, 0.2, 0.5, 0.9]], True), ([[3, 3, 1, 9]], False)])
+def test_boxes_that_are_fractions_of_the_image_are_warned_of(tmp_path, caplog, boxes, warned):
+    register_datasets(config(coco=[write_coco(tmp_path, boxes=boxes)]))
+    with caplog.at_level(logging.WARNING, logger="globalkd"):
+        assert len(DatasetCatalog.get("mine")[0]["annotations"]) == 1
+    assert ("Are they fractions of the image?" in caplog.text) == warned
+
+
 def write_shapes(folder, shapes):
     """`write_coco` with an annotation of each segmentation, all with the same box."""
     entry = write_coco(folder, boxes=[[5, 5, 9, 9]] * len(shapes))
@@ -432,7 +440,7 @@ def test_images_of_a_voc_split_may_lie_in_subfolders(tmp_path):
         assert record["file_name"] == str(tmp_path / f"JPEGImages/{record['image_id']}.png")
         assert len(record["annotations"]) == 1
     (tmp_path / "ImageSets/Main/some.txt").write_text("s/a\nu/a\n")
-    with pytest.raises(FileNotFoundError, match="u/a.jpg .*listed in split 'some'"):
+    with pytest.raises(FileNotFoundError, match="There is no .*u/a.jpg .*split 'some' lists"):
         DatasetCatalog.get("mine")
 
 

@@ -421,6 +421,46 @@ def test_ids_of_images_do_not_change_the_numbers(cfg, tmp_path, new_id):
     assert 5 < expected["AP"] < 95 and "AP-ambiguous" in expected
 
 
+def test_numbers_of_keypoints_equal_pycocotools(cfg, tmp_path, monkeypatch):
+    """And the names of keypoints come from the file: without them no training begins."""
+    entry = write_coco(tmp_path)
+    content = json.loads(Path(entry[1]).read_text())
+    for category in content["categories"]:
+        category["keypoints"] = ["nose", "left_eye", "right_eye", "left_out"]
+    rng = np.random.default_rng(0)
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        places = rng.uniform((x, y), (x + width, y + height), (4, 2))
+        annotation["keypoints"] = np.c_[places, [2, 2, 1, 2]].flatten().tolist()
+        annotation["num_keypoints"] = 4
+    Path(entry[1]).write_text(json.dumps(content))
+    register_datasets_of(cfg, coco=[entry])
+    metadata = MetadataCatalog.get("mine")
+    assert metadata.keypoint_names == ["nose", "left_eye", "right_eye", "left_out"]
+    assert metadata.keypoint_flip_map == [("left_eye", "right_eye")]
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1] * 4
+
+    def predict(record):
+        found = truth_as_detections(record)
+        kept = [a for a in record["annotations"] if not a["iscrowd"]]
+        rng = np.random.default_rng(record["image_id"])
+        places = np.array([a["keypoints"] for a in kept]).reshape(-1, 4, 3)
+        places[..., :2] += rng.normal(0, 3, places[..., :2].shape)
+        found.pred_keypoints = torch.as_tensor(places, dtype=torch.float32)
+        found.scores = torch.as_tensor(rng.random(len(kept)), dtype=torch.float32)
+        return found
+
+    def keypoints():
+        evaluator = build_evaluator(cfg, "mine")
+        evaluate(evaluator, "mine", predict)
+        return evaluator._results["keypoints"]
+
+    ours = keypoints()
+    monkeypatch.setattr(coco_evaluation, "_Evaluation", COCOeval)
+    assert 5 < ours["AP"] < 95
+    assert_equal(ours, keypoints())
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_voc_numbers_equal_detectron2(cfg, tmp_path, seed):
     write_voc(tmp_path / "voc", seed=seed)

@@ -256,6 +256,8 @@ def test_a_detector_of_the_users_own_is_exported_as_what_it_distils(
         cfg = get_cfg()
         cfg.merge_from_file(str(tmp_path / "student_config.yaml"))
         assert stock == cfg.MODEL.META_ARCHITECTURE
+        first = (tmp_path / "student_config.yaml").read_text().splitlines()[0]
+        assert first.startswith('# The classes by their labels: ["0", "1", ')
 
 
 def detections(boxes, scores, classes):

@@ -398,7 +398,7 @@ def test_a_voc_split_cannot_name_a_file_elsewhere(tmp_path, name):
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (tmp_path / part).mkdir(parents=True)
     (tmp_path / "ImageSets/Main/some.txt").write_text(name)
-    with pytest.raises(FileNotFoundError, match="listed in split 'some'"):
+    with pytest.raises(FileNotFoundError, match="split 'some' lists"):
         load(["hostile", str(tmp_path), "some", ["a"]], "VOC")
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,14 @@ from globalkd.data.resumable_loader import ResumableLoader
 from globalkd.engine import trainer as trainer_module
 from globalkd.engine.checkpoint import AtomicCheckpointer
 from globalkd.engine.launching import held_messages, is_connection_lost
-from globalkd.engine.run_checks import check_device, check_evaluations, scale_to_processes
+from globalkd.engine.run_checks import (
+    check_batch,
+    check_device,
+    check_evaluations,
+    require_output,
+    require_start,
+    scale_to_processes,
+)
 from globalkd.engine.trainer import (
     DistillTrainer,
     check_classes,
@@ -337,6 +345,55 @@ def test_what_the_first_process_saves_alone_is_not_resumed_from(cfg, monkeypatch
     trainer.run_state.collect()
     trainer.checkpointer.save("model_0000001")
     assert trainer.checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
+
+
+@pytest.mark.faults
+def test_a_new_run_in_the_folder_of_another_is_not_resumed_as_that_one(cfg, caplog):
+    register_datasets(cfg)
+    other = DistillTrainer(cfg)
+    other.checkpointer.save("model_final", iteration=39)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert "holds a run already" in caplog.text and "last_checkpoint is removed" in caplog.text
+    assert not trainer.checkpointer.has_checkpoint()
+    assert Path(cfg.OUTPUT_DIR, "model_final.pth").exists()
+
+
+@pytest.mark.faults
+def test_a_folder_that_cannot_be_made_names_its_key(tmp_path, cfg, monkeypatch):
+    cfg.OUTPUT_DIR = str(tmp_path / "file" / "run")
+    require_output(cfg)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="OUTPUT_DIR is '.*run', but .*file is a file"):
+        require_output(cfg)
+    cfg.OUTPUT_DIR = str(tmp_path / "new" / "run")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="OUTPUT_DIR is '.*run', but .* cannot be written to"):
+        require_output(cfg)
+
+
+@pytest.mark.faults
+def test_a_batch_of_nothing_is_refused(cfg):
+    cfg.SOLVER.IMS_PER_BATCH = 0
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 0; it must be 1 or more"):
+        check_batch(cfg, 1)
+
+
+def test_a_frozen_part_without_weights_is_warned_of(cfg, caplog):
+    require_start(cfg)  # trains all of it
+    assert not caplog.text
+    cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    require_start(cfg)
+    assert "MODEL.WEIGHTS is empty" in caplog.text and "FREEZE_AT 2" in caplog.text
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("key, what", [("MASK_ON", "masks"), ("KEYPOINT_ON", "keypoints")])
+def test_voc_has_neither_masks_nor_keypoints(cfg, key, what):
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("voc_2007_train",), ()
+    cfg.MODEL[key] = True
+    with pytest.raises(ValueError, match=f"MODEL.{key} is True.*VOC format, which has no {what}"):
+        check_data(cfg)
 
 
 @pytest.mark.faults

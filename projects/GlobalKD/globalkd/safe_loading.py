@@ -15,6 +15,7 @@ import re
 from types import SimpleNamespace
 from typing import Any, BinaryIO, Iterable, List
 from unittest import mock
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -42,6 +43,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **kwargs)
         self.allow_pickle = allow_pickle
+
+    def load(self, path: str, *args, **kwargs):
+        try:
+            return super().load(path, *args, **kwargs)
+        except URLError as error:
+            raise OSError(
+                f"{path} could not be downloaded ({error.reason}). Without network, download it "
+                "elsewhere and give the path of the file in its place."
+            ) from error
 
     def _load_file(self, filename: str) -> dict:
         loaded = self._read_file(filename)

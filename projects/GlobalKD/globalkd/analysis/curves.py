@@ -61,6 +61,8 @@ def _plot(axis, records, value, **style) -> None:
     # The evaluation after training is recorded one step later than the last losses.
     last = max((r["iteration"] for r in records), default=0)
     points = [(min(r["iteration"] + 1, last), value(r)) for r in records if value(r) is not None]
+    if len(points) == 1:  # a line of one point is none
+        style.setdefault("marker", "o")
     if points:
         axis.plot(*zip(*points), **style)
 

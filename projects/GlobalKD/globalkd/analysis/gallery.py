@@ -70,9 +70,9 @@ def prototype_gallery(
     Raises:
         ValueError: a level or class that is not there.
     """
-    files, features = training_instances(model)
-    levels = _choose("--levels", levels, features.levels)
+    levels = _choose("--levels", levels, [p.student for p in model.distiller.levels])
     classes = _choose("--classes", classes, class_names)
+    files, features = training_instances(model)
     prototypes = make_prototypes(model, features)
     page = Page("Prototype gallery")
     page.paragraph(

@@ -103,8 +103,10 @@ def check_datasets(cfg: CfgNode, report: CheckReport, num_gpus: int) -> bool:
     Test sets that cannot be read, or lack images, are taken out of `cfg`: the rest of the check
     does without them.
     """
-    if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
-        report.problem("Datasets: DATASETS.TRAIN and DATASETS.TEST must each name a dataset.")
+    if not cfg.DATASETS.TRAIN:
+        report.problem("Datasets: DATASETS.TRAIN is empty; it must name a dataset to train on.")
+    if not cfg.DATASETS.TEST:
+        report.warn("DATASETS.TEST is empty: nothing is evaluated, in training or afterwards.")
     summaries = _summarize_each(cfg, report)
     names = {s.name for s in summaries}
     usable = bool(cfg.DATASETS.TRAIN) and names >= {*cfg.DATASETS.TRAIN}

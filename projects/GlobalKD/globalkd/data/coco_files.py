@@ -32,6 +32,11 @@ class COCOFile(COCO):
             self.dataset = json.loads(file.read())
         self.createIndex()
 
+    @property
+    def cat_img_map(self) -> Dict[int, List[int]]:
+        """Images by class. Of its keys faster-coco-eval makes the classes of keypoints: of all."""
+        return {category: self.catToImgs[category] for category in self.cats}
+
 
 class CheckedCOCO(COCOFile):
     """pycocotools' `COCO`, which checks its content before it indexes it."""

@@ -59,10 +59,23 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> None:
             require_images(len(records), name)
             if MetadataCatalog.get(name).get("evaluator_type", "coco") == "coco":
                 require_integer_ids([record.get("image_id") for record in records], name)
+    if train:
+        _check_tasks(cfg)
     check_classes(cfg)
     check_num_classes(cfg)
     for name, key in used:
         require_image_files(name, key, most=cfg.DATALOADER.MAX_UNREADABLE_IMAGES)
+
+
+def _check_tasks(cfg: CfgNode) -> None:
+    """Raise a ValueError where masks or keypoints are to be learnt from data without any."""
+    voc = [n for n in cfg.DATASETS.TRAIN if MetadataCatalog.get(n).get("dirname")]
+    for key, what in (("MASK_ON", "masks"), ("KEYPOINT_ON", "keypoints")):
+        if voc and cfg.MODEL[key]:
+            raise ValueError(
+                f"MODEL.{key} is True, but DATASETS.TRAIN: '{voc[0]}' is in VOC format, which has "
+                f"no {what}. Set it to False."
+            )
 
 
 def check_registered(name: str, key: str) -> None:

@@ -106,8 +106,17 @@ def _register_coco(entry: Sequence[str], *, masks: bool) -> None:
         image_root=image_root,
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
+        **_keypoint_metadata(categories),
     )
     DatasetCatalog.register(name, partial(_load_coco, name, json_file, image_root, masks))
+
+
+def _keypoint_metadata(categories: Sequence[Dict]) -> Dict[str, List]:
+    """What Detectron2 must know of keypoints to mirror an image: their names, left and right."""
+    names = next((list(c["keypoints"]) for c in categories if c.get("keypoints")), [])
+    pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
+    flipped = [pair for pair in pairs if pair[1] in names]
+    return {"keypoint_names": names, "keypoint_flip_map": flipped} if names else {}
 
 
 @paused_collection()
@@ -247,6 +256,12 @@ def drop_empty_boxes(records: List[Dict], name: str) -> List[Dict]:
     lost = iter(lost)
     for record in records if dropped else ():
         record["annotations"] = [a for a in record["annotations"] if not next(lost)]
+    extent = boxes[:, 2:] - boxes[:, :2]
+    if len(boxes) and extent.max() <= 1:
+        logger.warning(
+            f"{name}: no box is larger than one pixel, such as {annotations[0]['bbox']}. Are they "
+            "fractions of the image? They must be pixels."
+        )
     if dropped:
         logger.warning(
             f"{name}: dropped {len(dropped)} boxes of no area, outside their image or not finite, "

@@ -65,7 +65,12 @@ def load_voc_folder(folder: str, split: str, class_names: Sequence[str]) -> List
     for name in tqdm(names, desc=f"annotations, {split}", unit="file", disable=hidden):
         if name not in images:
             expected = os.path.join(folder, "JPEGImages", name + ".jpg")
-            raise FileNotFoundError(f"{expected} (or .jpeg, .png): listed in split '{split}'")
+            hint = ""
+            if " " in name or os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+                hint = " A line of a split holds an image's name without its ending, alone."
+            raise FileNotFoundError(
+                f"There is no {expected} (or .jpeg, .png), which split '{split}' lists.{hint}"
+            )
         record = _read_annotation(os.path.join(annotations, name + ".xml"), class_ids)
         records.append({"file_name": images[name], "image_id": name, **record})
     return records

@@ -54,6 +54,11 @@ class AtomicCheckpointer(SafeCheckpointer):
         if whole:
             self.tag_last_checkpoint(f"{name}.pth")
 
+    def forget_last(self) -> None:
+        """Name no checkpoint as the last one any more; the files stay."""
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self.save_dir, "last_checkpoint"))
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         content = last_filename_basename.encode()
         self._write("last_checkpoint", lambda file: file.write(content))

@@ -122,6 +122,7 @@ def _renumbered(coco: COCO, numbers: Dict[int, int]) -> COCO:
     }
     with contextlib.redirect_stdout(io.StringIO()):
         copy.createIndex()
+    copy.cat_img_map = {k: copy.catToImgs[k] for k in copy.cats}  # see `COCOFile`
     return copy
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from contextlib import contextmanager, suppress
-from typing import Iterator, Sequence, Type
+from typing import Callable, Iterator, Sequence, Type
 
 from detectron2.utils import comm
 
@@ -29,23 +29,30 @@ def user_errors(parser: argparse.ArgumentParser, *more: Type[Exception]) -> Iter
 
 
 @contextmanager
-def user_errors_of_a_run(folder: str) -> Iterator[None]:
+def user_errors_of_a_run(
+    folder: str, meanwhile: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """As `user_errors`, in the process of a run; the traceback goes to its log.txt.
 
-    With several processes the error is passed on: whoever started them tells of it.
+    With several processes the error is passed on: whoever started them tells of it. Detectron2 also
+    tells of wrong values by assertions, and of unknown names by a KeyError.
 
     Args:
         folder: OUTPUT_DIR.
+        meanwhile: whether an error may still be of the user's input.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
-        if comm.get_world_size() > 1:
+    except (OSError, ValueError, KeyError, AssertionError, ImportError) as error:
+        if comm.get_world_size() > 1 or not meanwhile():
             raise
         with suppress(OSError), open(os.path.join(folder, "log.txt"), "a") as log:
             traceback.print_exc(file=log)
             print(f"The traceback is in {log.name}.", file=sys.stderr)
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        text = error
+        if isinstance(error, (KeyError, AssertionError)):
+            text = f"{type(error).__name__}: {error}"
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

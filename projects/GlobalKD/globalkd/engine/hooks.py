@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.logger import create_small_table
 
 from ..data.unreadable import readable_images
 from ..distiller import LOG_PERIOD
@@ -24,6 +25,10 @@ from .launching import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
+_ENDS_SOON = (
+    "the running step (with a refresh or an evaluation, if one is due) is brought to its end and "
+    "saved, then the training ends. Ctrl-\\ ends it at once."
+)
 #: The one checkpoint that is written out of turn; the next one in turn takes its place.
 OUT_OF_TURN = "model_last"
 
@@ -65,6 +70,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
+        if not self.asked and comm.is_main_process():
+            # By the system: printing is not safe in the middle of whatever runs.
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: {_ENDS_SOON}\n".encode())
         self.asked = self.asked or number
 
 
@@ -197,4 +206,6 @@ class TeacherEvaluation(HookBase):
     def before_train(self):
         if self.trainer.start_iter == 0:
             results = self.evaluate()
-            logger.info(f"Teacher before the first step: {results}")
+            for task, metrics in results.items():
+                table = create_small_table(metrics) if isinstance(metrics, dict) else metrics
+                logger.info(f"Teacher before the first step, {task}:\n{table}")

@@ -15,13 +15,15 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 
 from ..meta_arch import is_distilled
+from ..safe_loading import require_weights
 from ..teacher.building import teacher_weights
 
 logger = logging.getLogger(__name__)
 
 HOLDS_A_RUN = (
-    "OUTPUT_DIR {} holds a run already: without --resume, its checkpoints of the same names are "
-    "replaced, and new records are appended to its metrics.json."
+    "OUTPUT_DIR {} holds a run already. Without --resume, its checkpoints of the same names are "
+    "replaced, its last_checkpoint is removed, so that a resume goes on from the new run's, and "
+    "new records are appended to its metrics.json."
 )
 
 
@@ -36,6 +38,32 @@ def require_output(cfg: CfgNode) -> None:
     """Raise a ValueError where a run has no folder to write to."""
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is empty; it must name a folder, such as output/my_run.")
+    parent = os.path.abspath(cfg.OUTPUT_DIR)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise ValueError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}, but {parent} is a file.")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}, but {parent} cannot be written to.")
+
+
+def require_start(cfg: CfgNode) -> None:
+    """Check the weights that a training starts from; a warning where some stay random.
+
+    Raises:
+        FileNotFoundError: MODEL.WEIGHTS names a file that is not there.
+    """
+    if cfg.MODEL.WEIGHTS:
+        require_weights("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+        return
+    frozen = cfg.MODEL.RESNETS.NORM == "FrozenBN" or cfg.MODEL.BACKBONE.FREEZE_AT > 0
+    if frozen and "resnet" in cfg.MODEL.BACKBONE.NAME:
+        logger.warning(
+            "MODEL.WEIGHTS is empty, and a part of the backbone that stays random is frozen "
+            f"(MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}, MODEL.RESNETS.NORM "
+            f"{cfg.MODEL.RESNETS.NORM}): such a training usually diverges. Name the weights of a "
+            "detector or a backbone; or, to train from scratch, set FREEZE_AT 0 and NORM BN."
+        )
 
 
 def check_output(cfg: CfgNode) -> None:
@@ -97,6 +125,10 @@ def check_device(cfg: CfgNode) -> None:
 
 def check_batch(cfg: CfgNode, num_processes: int) -> None:
     """Raise a ValueError where the images of a step cannot be shared equally."""
+    if cfg.SOLVER.IMS_PER_BATCH < 1:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be 1 or more."
+        )
     if cfg.SOLVER.IMS_PER_BATCH % num_processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of the "

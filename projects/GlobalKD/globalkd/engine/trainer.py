@@ -30,7 +30,6 @@ from ..data.resumable_loader import ResumableLoader, shield_workers
 from ..data.unreadable import BlankIfUnreadable, pass_over_unreadable
 from ..distiller import Distiller
 from ..prototypes.settings import ImageSource
-from ..safe_loading import require_weights
 from .checkpoint import AtomicCheckpointer
 from .evaluation import build_evaluator, require_evaluator
 from .hooks import (
@@ -51,6 +50,7 @@ from .run_checks import (
     check_evaluations,
     check_output,
     check_schedule,
+    require_start,
     scale_to_processes,
     warn_of_idle_teacher,
 )
@@ -195,6 +195,8 @@ class DistillTrainer(DefaultTrainer):
             ValueError: DATASETS.TRAIN or SOLVER.IMS_PER_BATCH does not allow it.
         """
         check_batch(cfg, comm.get_world_size())
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN is empty; it must name a dataset to train on.")
 
         @paused_collection()
         def build(records: Optional[Sequence[dict]] = None):
@@ -234,8 +236,8 @@ class DistillTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True):
         resuming = resume and self.checkpointer.has_checkpoint()
-        if self.cfg.MODEL.WEIGHTS and not resuming:
-            require_weights("MODEL.WEIGHTS", self.cfg.MODEL.WEIGHTS)
+        if not resuming:
+            require_start(self.cfg)
         super().resume_or_load(resume=resume)
         starts = comm.all_gather(self.start_iter)
         if len(set(starts)) > 1:
@@ -252,6 +254,8 @@ class DistillTrainer(DefaultTrainer):
                 )
             elif self.checkpointer.has_checkpoint():
                 logger.warning(HOLDS_A_RUN.format(self.cfg.OUTPUT_DIR))
+                if comm.is_main_process():
+                    self.checkpointer.forget_last()
             return
         if self._is_exact():
             batches = self.run_state.batches

@@ -5,6 +5,7 @@ becomes a graph (`graphs`), and the proof that it detects as the run does (`comp
 """
 
 import inspect
+import json
 import logging
 import os
 from typing import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..analysis.runs import load_run, written_config
 from ..config import add_globalkd_config
+from ..data.class_names import class_names
 from ..engine.disk import writing
 from ..meta_arch import DistillMixin
 from ..safe_loading import SafeCheckpointer
@@ -167,9 +169,12 @@ def _write_weights(student: nn.Module, cfg: CfgNode, path: str) -> Callable[[Ten
 
 def _write_stock_config(cfg: CfgNode, path: str, weights: str) -> None:
     """What stock Detectron2 builds the student from, on the device that the run names."""
+    names = class_names(cfg, cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
     cfg = stock_config(cfg)
     cfg.MODEL.WEIGHTS = weights
     with writing(path), open(path, "w", encoding="utf-8") as file:
+        if names:
+            file.write(f"# The classes by their labels: {json.dumps(names, ensure_ascii=False)}\n")
         file.write(cfg.dump())
 
 

@@ -136,7 +136,7 @@ class PrototypeRefresher:
                 f"No box of {list(self.source.datasets)} (DATASETS.TRAIN) can become a prototype: "
                 f"of {len(usable_boxes(dicts, 0.0).boxes)} boxes none is at least "
                 f"MODEL.GLOBALKD.PROTOTYPES.MIN_BOX_SIZE = {self.source.min_box_size:g} pixels a "
-                "side."
+                "side. Lower it below the size of your objects."
             )
         images = choose_images(
             table,
