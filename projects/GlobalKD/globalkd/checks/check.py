@@ -14,7 +14,13 @@ from typing import Callable, Optional, Tuple
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..engine.run_checks import HOLDS_A_RUN, check_batch, check_output, scale_to_processes
+from ..engine.run_checks import (
+    HOLDS_A_RUN,
+    check_batch,
+    check_evaluations,
+    check_output,
+    scale_to_processes,
+)
 from ..engine.trainer import DistillTrainer
 from .cost import check_cost
 from .data import check_datasets, register_each
@@ -52,6 +58,7 @@ def check_run(
         with report.part("--num-gpus"):
             check_batch(cfg, num_gpus)
         cfg.OUTPUT_DIR = folder
+        cfg.MODEL.GLOBALKD.TEACHER.EVAL_IMAGES = 0  # done, and test sets may be taken out below
         cfg.WANDB.ENABLED = False  # a check is no run that one wants to see there
         cfg.SOLVER.REFERENCE_WORLD_SIZE = 0  # its part is done
         cfg.SOLVER.IMS_PER_BATCH = max(cfg.SOLVER.IMS_PER_BATCH // num_gpus, 1)
@@ -94,6 +101,8 @@ def check_settings(cfg: CfgNode, report: CheckReport) -> None:
         )
     with report.part("OUTPUT_DIR"):
         check_output(cfg)
+    with report.part("Evaluations"):
+        check_evaluations(cfg)
     if os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         report.warn(HOLDS_A_RUN.format(cfg.OUTPUT_DIR))
     if cfg.WANDB.ENABLED and find_spec("wandb") is None:

@@ -4,7 +4,8 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
-from ..safe_loading import SafeCheckpointer, require_weights
+from ..engine.run_checks import require_start
+from ..safe_loading import SafeCheckpointer
 from .report import CheckReport, shortened
 
 
@@ -12,6 +13,7 @@ def check_detectors(model: nn.Module, cfg: CfgNode, report: CheckReport) -> None
     """Weights of the student, of the teacher, and the pairing of their levels."""
     lines = [f"student: {_parameters(model.backbone)} in its backbone"]
     with report.part("MODEL.WEIGHTS"):
+        require_start(cfg)
         allow_pickle = cfg.MODEL.GLOBALKD.ALLOW_PICKLE
         start = load_student(model, cfg.MODEL.WEIGHTS, report, allow_pickle=allow_pickle)
         lines.append("student: " + start)
@@ -48,7 +50,6 @@ def load_student(
     if not weights:
         report.warn("MODEL.WEIGHTS is empty: the student starts from random weights.")
         return "random weights"
-    require_weights("MODEL.WEIGHTS", weights)
     checkpointer = SafeCheckpointer(model, allow_pickle=allow_pickle)
     checkpointer.load(weights)
     keys = [k for k in model.state_dict() if not k.endswith("num_batches_tracked")]

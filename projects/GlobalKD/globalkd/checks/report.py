@@ -4,7 +4,6 @@ import logging
 import re
 from contextlib import contextmanager
 from typing import Callable, Iterator, List, Sequence
-from urllib.error import URLError
 
 #: Loggers whose warnings go into a report.
 LOGGERS = ("globalkd", "detectron2", "fvcore")
@@ -43,8 +42,6 @@ class CheckReport:
         except Exception as error:
             kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            if isinstance(error, URLError):
-                text = f"a download failed ({error.reason})"
             self.problem(f"{name}: {kind}{text}")
 
     @contextmanager

@@ -1,6 +1,7 @@
 """COCO metrics by faster-coco-eval, equal to pycocotools', and AP of ambiguous instances apart."""
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -112,18 +113,17 @@ class _Evaluation(FasterCOCOeval):
 
 
 def _renumbered(coco: COCO, numbers: Dict[int, int]) -> COCO:
-    """A copy with other ids for its images."""
+    """The same with other ids for its images."""
     images, annotations = (coco.dataset.get(key, []) for key in ("images", "annotations"))
-    copy = COCO()
-    copy.dataset = {
+    renumbered = copy.copy(coco)  # of the same class; its index is made anew
+    renumbered.dataset = {
         **coco.dataset,
         "images": [{**x, "id": numbers[x["id"]]} for x in images],
         "annotations": [{**x, "image_id": numbers[x["image_id"]]} for x in annotations],
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        copy.createIndex()
-    copy.cat_img_map = {k: copy.catToImgs[k] for k in copy.cats}  # see `COCOFile`
-    return copy
+        renumbered.createIndex()
+    return renumbered
 
 
 def fill_areas(annotations: List[dict], name: str) -> None:

@@ -1,5 +1,7 @@
 """Kullback-Leibler divergences between two detectors' logits, at a temperature."""
 
+from typing import Iterator, Tuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ class _BinaryKL(torch.autograd.Function):
         context.save_for_backward(student, teacher)
         context.temperature = temperature
         divergence = student.new_empty(student.shape[:-1], dtype=torch.float32)
-        for out, s, t in _parts(temperature, divergence.unsqueeze(-1), student, teacher):
+        for s, t, out in _parts(temperature, student, teacher, divergence[..., None]):
             # The same with both signs changed: of t >= 0 small results are no differences of large
             # numbers.
             s, t = torch.where(t < 0, -s, s), t.abs()
@@ -48,22 +50,19 @@ class _BinaryKL(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient: Tensor):
-        student, teacher = context.saved_tensors
+        (student, teacher), temperature = context.saved_tensors, context.temperature
         result = torch.empty_like(student, memory_format=torch.contiguous_format)
-        scaled = (gradient * context.temperature)[..., None]
-        rows = scaled.flatten(0, -2).split(_rows_at_a_time(student))
-        for (out, s, t), factor in zip(_parts(context.temperature, result, student, teacher), rows):
-            out.copy_((s.sigmoid() - t.sigmoid()) * factor)
+        factor = (gradient * temperature)[..., None]
+        for s, t, out, f in _parts(temperature, student, teacher, result, factor):
+            out.copy_((s.sigmoid() - t.sigmoid()) * f)
         return result, None, None
 
 
-def _rows_at_a_time(logits: Tensor) -> int:
-    return max(_AT_A_TIME // max(logits.shape[-1], 1), 1)
-
-
-def _parts(temperature: float, out: Tensor, student: Tensor, teacher: Tensor):
-    """Some rows of each at a time: views of the result, and both logits / T in float32."""
-    at_a_time = _rows_at_a_time(student)
-    flat = (x.flatten(0, -2).split(at_a_time) for x in (out, student, teacher))
-    for part, s, t in zip(*flat):
-        yield part, s.float() / temperature, t.float() / temperature
+def _parts(
+    temperature: float, student: Tensor, teacher: Tensor, *others: Tensor
+) -> Iterator[Tuple[Tensor, ...]]:
+    """Some rows at a time: both logits / T in float32, and of contiguous others views."""
+    at_a_time = max(_AT_A_TIME // max(student.shape[-1], 1), 1)
+    flat = (x.flatten(0, -2).split(at_a_time) for x in (student, teacher, *others))
+    for s, t, *rest in zip(*flat):
+        yield s.float() / temperature, t.float() / temperature, *rest

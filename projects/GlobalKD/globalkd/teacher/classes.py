@@ -45,9 +45,12 @@ def select_classes(
     if not classes:
         return list(names)
     heads = getattr(model, "roi_heads", model)
-    num_classes = getattr(heads, "num_classes", 0)
+    is_dense = isinstance(model, RetinaNet) and isinstance(model.head, RetinaNetHead)
+    if not is_dense:
+        _require_known(heads)
+    num_classes = heads.num_classes
     labels = _find_classes(classes, names, num_classes)
-    if isinstance(model, RetinaNet) and isinstance(model.head, RetinaNetHead):
+    if is_dense:
         _select_of_dense_head(model.head, num_classes, labels)
     else:
         _select_of_roi_heads(heads, labels)
@@ -112,9 +115,14 @@ class SelectedClasses(nn.Linear):
         return torch.cat([logits[:, :-1], rest.to(logits.dtype)], dim=1)
 
 
-def _select_of_roi_heads(heads: nn.Module, labels: Sequence[int]) -> None:
-    predictor, mask_head = getattr(heads, "box_predictor", None), getattr(heads, "mask_head", None)
-    predictors = predictor if isinstance(predictor, nn.ModuleList) else [predictor]
+def _box_predictors(heads: nn.Module) -> Sequence[nn.Module]:
+    """One, or of a cascade each stage's."""
+    predictor = getattr(heads, "box_predictor", None)
+    return predictor if isinstance(predictor, nn.ModuleList) else [predictor]
+
+
+def _require_known(heads: nn.Module) -> None:
+    predictors, mask_head = _box_predictors(heads), getattr(heads, "mask_head", None)
     known = all(isinstance(x, FastRCNNOutputLayers) for x in predictors)
     if not known or not isinstance(mask_head, (type(None), MaskRCNNConvUpsampleHead)):
         kinds = [type(x).__name__ for x in (heads, *predictors, mask_head) if x is not None]
@@ -122,8 +130,12 @@ def _select_of_roi_heads(heads: nn.Module, labels: Sequence[int]) -> None:
             f"{_KEY} needs heads of Detectron2's RetinaNet or R-CNNs, of which it is known where "
             f"the classes are; the teacher has {', '.join(kinds)}."
         )
-    for each in predictors:
-        _select_of_box_predictor(each, labels)
+
+
+def _select_of_roi_heads(heads: nn.Module, labels: Sequence[int]) -> None:
+    for predictor in _box_predictors(heads):
+        _select_of_box_predictor(predictor, labels)
+    mask_head = getattr(heads, "mask_head", None)
     if mask_head is not None and mask_head.predictor.out_channels == heads.num_classes:
         _keep_outputs(mask_head.predictor, labels)
 
