@@ -24,7 +24,7 @@ from globalkd.features import pool, pool_without_waiting, pools_without_waiting
 from globalkd.losses import FGFI, FitNet, GlobalKnowledge, ResponseKnowledge
 from globalkd.teacher import Teacher
 from globalkd.teacher.backbone_pass import is_safe_in_bf16
-from globalkd.teacher.building import build_teacher, fold_norms, teacher_config
+from globalkd.teacher.building import build_teacher, fold_norms, teacher_config, teacher_from_config
 from globalkd.teacher.cutting import cut_backbone
 
 QUICK = str(ROOT / "configs/quick/Base-digits-rcnn.yaml")
@@ -533,6 +533,29 @@ def test_losses_run_on_a_teacher_of_another_input_size(kind, scale, tiny_cfg, ba
     with EventStorage(0):
         terms = {k: v for k, v in model(batch).items() if k.startswith("loss_kd")}
     assert len(terms) > len(losses) and all(x.isfinite() and x > 0 for x in terms.values())
+
+
+@pytest.mark.parametrize(
+    "scale, trained_at, suggested",
+    [
+        (1.0, (64,), None),
+        (1.0, (72, 128), None),  # one of its sizes is nearly as small
+        (1.0, (128,), "INPUT_SCALE 2,"),
+        (2.0, (128,), None),
+        (2.0, (64,), "INPUT_SCALE 1,"),
+        (0.5, (64, 128), "INPUT_SCALE 1.5,"),
+        (0.5, (0,), None),  # images as they are
+    ],
+)
+def test_a_teacher_at_another_size_than_its_own_is_warned_of(
+    scale, trained_at, suggested, tiny_cfg, caplog
+):
+    cfg = tiny_cfg("rcnn", "MODEL.GLOBALKD.TEACHER.INPUT_SCALE", scale)
+    cfg.INPUT.MIN_SIZE_TRAIN = (64,)
+    cfg.MODEL.GLOBALKD.TEACHER.OPTS += ["INPUT.MIN_SIZE_TRAIN", trained_at]
+    teacher_from_config(cfg)
+    warned = [x for x in caplog.messages if "short side" in x]
+    assert len(warned) == bool(suggested) and all(suggested in x for x in warned)
 
 
 @pytest.mark.faults

@@ -121,8 +121,9 @@ def _add_teacher_keys(node: CN) -> None:
     # True runs the teacher's backbone through torch.compile. It compiles at the first step, and
     # again when the size of the images changes.
     node.TEACHER.COMPILE = False
-    # Factor on the sides of the images that the teacher sees in training. Below 1 it is faster; its
-    # maps are then brought to the student's grid. Losses that compare anchors need 1.
+    # Factor on the sides of the images that the teacher sees in training; its maps are then brought
+    # to the student's grid. For a teacher that was trained at that size: another one teaches worse
+    # (docs/tuning.md). Losses that compare anchors need 1.
     node.TEACHER.INPUT_SCALE = 1.0
     # True records the kernels of the teacher's backbone once for each shape of input and replays
     # them: a GPU that waits for the host to launch them no longer does. The same maps; on a CPU

@@ -87,6 +87,8 @@ def _accelerate(model: nn.Module) -> None:
 def teacher_from_config(cfg: CfgNode, *, stock: bool = False) -> Teacher:
     """Build the teacher that MODEL.GLOBALKD.TEACHER of a student's config describes."""
     node = cfg.MODEL.GLOBALKD.TEACHER
+    if not stock:
+        _warn_of_image_sizes(cfg, teacher_config(node.CONFIG_FILE, node.OPTS, cfg))
     return build_teacher(
         node.CONFIG_FILE,
         node.WEIGHTS,
@@ -103,6 +105,39 @@ def teacher_from_config(cfg: CfgNode, *, stock: bool = False) -> Teacher:
         side_stream=node.SIDE_STREAM,
         cuda_graphs=node.CUDA_GRAPHS,
     )
+
+
+def _warn_of_image_sizes(cfg: CfgNode, teacher: CfgNode) -> None:
+    """Warn where a teacher sees none of the sizes that its config trained it at, nor nearly so."""
+    if 0 in (*cfg.INPUT.MIN_SIZE_TRAIN, *teacher.INPUT.MIN_SIZE_TRAIN):  # images as they are
+        return
+    if cfg.INPUT.CROP.ENABLED or teacher.INPUT.CROP.ENABLED:
+        return
+    scale = cfg.MODEL.GLOBALKD.TEACHER.INPUT_SCALE
+    own, known = (_short_sides(x.INPUT) for x in (cfg, teacher))
+    shown = [side * scale for side in own]
+    if shown[1] * _NEARLY >= known[0] and shown[0] <= known[1] * _NEARLY:
+        return
+    logger.warning(
+        f"The teacher sees images with a short side of {_span(shown)} pixels "
+        f"(INPUT.MIN_SIZE_TRAIN, times MODEL.GLOBALKD.TEACHER.INPUT_SCALE {scale:g}), but its "
+        f"config trained it with {_span(known)}: at another size it teaches worse. If the losses "
+        f"allow it, set INPUT_SCALE {sum(known) / sum(own):.2g}, or take a teacher that was "
+        "trained at this size."
+    )
+
+
+#: By what factor the sizes of images may differ without a warning.
+_NEARLY = 1.25
+
+
+def _short_sides(node: CfgNode) -> List[float]:
+    sides = [min(side, node.MAX_SIZE_TRAIN) for side in node.MIN_SIZE_TRAIN]
+    return [min(sides), max(sides)]
+
+
+def _span(sides: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{side:.4g}" for side in sides))
 
 
 def teacher_weights(cfg: CfgNode) -> str:
